@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from fastflow import backend as _backend
 
 MAX_SEGMENTS = 4  # prompt, head, middle, tail
-DTYPES = {name: _backend.FLOATS for name in ("cpu", "cuda", "triton")}
+DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
 Segments = Sequence[tuple[int, int]] | Tensor
 
