@@ -1,0 +1,229 @@
+"""The diffusion transformer estimator of CosyVoice 3, on ``[B, T, C]``.  The key of every parameter is upstream's."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastflow.ops.attention import attention, length_mask
+from fastflow.unet import time_features
+
+TIME_FEATURES = 256
+CONV_POS_KERNEL, CONV_POS_GROUPS = 31, 16
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of t through linear, SiLU, linear."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.time_mlp = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        return self.time_mlp(time_features(t, TIME_FEATURES))
+
+
+class CausalConvPositionEmbedding(nn.Module):
+    """Twice: 30 zeros on the left, a grouped convolution of kernel 31, Mish.  Padding is not masked."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+        def conv() -> nn.Sequential:
+            return nn.Sequential(nn.Conv1d(dim, dim, CONV_POS_KERNEL, groups=CONV_POS_GROUPS), nn.Mish())
+
+        self.conv1, self.conv2 = conv(), conv()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2)
+        for conv in (self.conv1, self.conv2):
+            x = conv(F.pad(x, (CONV_POS_KERNEL - 1, 0)))
+        return x.transpose(1, 2)
+
+
+class InputEmbedding(nn.Module):
+    """Project the channels x, cond, mu, spks (in this order) and add the convolutional position embedding."""
+
+    def __init__(self, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(in_channels, dim)
+        self.conv_pos_embed = CausalConvPositionEmbedding(dim)
+
+    def forward(self, x: Tensor, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
+        parts = [x, cond, mu]
+        if spks is not None:
+            parts.append(spks[:, None].expand(-1, x.shape[1], -1))
+        x = self.proj(torch.cat(parts, -1))
+        return x + self.conv_pos_embed(x)
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotation angles of neighbouring channel pairs (2k, 2k+1)."""
+
+    inv_freq: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, dim, 2).float() / dim))
+
+    def forward(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every angle, ``[T, dim / 2]`` each."""
+        position = torch.arange(frames, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
+        angle = position[:, None] * self.inv_freq
+        return angle.cos(), angle.sin()
+
+
+def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channels of head 0 and no other: upstream rotates before it splits ``[B, T, H*D]`` into heads.
+
+    Computed in float32 at least, as upstream does under autocast.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    width = 2 * cos.shape[1]
+    even, odd = x[..., :width].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    return torch.cat([rotated.to(x.dtype), x[..., width:]], -1)
+
+
+class Attention(nn.Module):
+    """Self-attention with bias everywhere; the output is zero past a row's length."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * dim_head)
+        self.to_k = nn.Linear(dim, heads * dim_head)
+        self.to_v = nn.Linear(dim, heads * dim_head)
+        self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        q, k = (rotate_first_head(project(x), *rotary) for project in (self.to_q, self.to_k))
+        out = attention(heads(q), heads(k), heads(self.to_v(x)), lengths, chunk_size).transpose(1, 2).flatten(2)
+        out = self.to_out[1](self.to_out[0](out))
+        # A row of length 0 is not masked, as upstream's repaired attention mask does not mask it.
+        valid = length_mask(lengths, x.shape[1]) | (lengths <= 0)[:, None]
+        return out.masked_fill(~valid[..., None], 0.0)
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU (tanh form), dropout, linear."""
+
+    def __init__(self, dim: int, mult: int, dropout: float) -> None:
+        super().__init__()
+        project = nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU(approximate="tanh"))
+        self.ff = nn.Sequential(project, nn.Dropout(dropout), nn.Linear(mult * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)
+
+
+class AdaLayerNorm(nn.Module):
+    """A linear of the time embedding that yields ``parts`` vectors of shift, scale or gate, ``[B, 1, dim]`` each."""
+
+    def __init__(self, dim: int, parts: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.linear = nn.Linear(dim, parts * dim)
+
+    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
+        return self.linear(F.silu(e))[:, None].chunk(self.parts, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without parameters (eps 1e-6), then ``* (1 + scale) + shift``."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """Attention and feed-forward, each modulated before and gated after; order: shift, scale, gate, twice."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
+        super().__init__()
+        self.attn_norm = AdaLayerNorm(dim, 6)
+        self.attn = Attention(dim, heads, dim_head, dropout)
+        self.ff = FeedForward(dim, ff_mult, dropout)
+
+    def forward(self, x: Tensor, e: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.attn_norm(e)
+        x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn), lengths, chunk_size, rotary)
+        return x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
+
+
+class DiT(nn.Module):
+    """The estimator of CosyVoice 3.
+
+    Args:
+        dim: width; ``heads * dim_head`` is the attention width.
+        depth: blocks.
+        dropout: after the attention output and inside the feed-forward.
+        ff_mult: the feed-forward's width is ``ff_mult * dim``.
+        mel_dim: mel channels.
+        mu_dim: channels of mu; default ``mel_dim``.
+        long_skip_connection: concatenate the blocks' input to their output and project.
+        spk_dim: channels of the speaker vector; default 0, no speaker vector.
+        out_channels: equal to ``mel_dim``, as the velocity has the shape of the mel; upstream never reads it.
+        static_chunk_size: frames of a chunk in streaming mode.
+        num_decoding_left_chunks: ignored, as upstream does: all chunks to the left are seen.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        depth: int = 8,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.1,
+        ff_mult: int = 4,
+        mel_dim: int = 80,
+        mu_dim: int | None = None,
+        long_skip_connection: bool = False,
+        spk_dim: int | None = None,
+        out_channels: int | None = None,
+        static_chunk_size: int = 50,
+        num_decoding_left_chunks: int = 2,
+    ) -> None:
+        super().__init__()
+        mu_dim, spk_dim = mu_dim or mel_dim, spk_dim or 0
+        self.time_embed = TimestepEmbedding(dim)
+        self.input_embed = InputEmbedding(2 * mel_dim + mu_dim + spk_dim, dim)
+        self.rotary_embed = RotaryEmbedding(dim_head)
+        self.dim, self.depth, self.out_channels = dim, depth, out_channels
+        self.static_chunk_size, self.num_decoding_left_chunks = static_chunk_size, num_decoding_left_chunks
+        self.transformer_blocks = nn.ModuleList(DiTBlock(dim, heads, dim_head, ff_mult, dropout) for _ in range(depth))
+        self.long_skip_connection = nn.Linear(2 * dim, dim, bias=False) if long_skip_connection else None
+        self.norm_out = AdaLayerNorm(dim, 2)
+        self.proj_out = nn.Linear(dim, mel_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        mu: Tensor,
+        t: Tensor,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
+        streaming: bool = False,
+    ) -> Tensor:
+        """The velocity at (x, t); arguments as :meth:`fastflow.ConditionalDecoder.forward`.
+
+        Returns:
+            ``[B, 80, T]``; padded frames hold arbitrary finite values.
+        """
+        x, mu = x.transpose(1, 2), mu.transpose(1, 2)
+        cond = torch.zeros_like(x) if cond is None else cond.transpose(1, 2)
+        e = self.time_embed(t.expand(x.shape[0]) if t.dim() == 0 else t)
+        lengths = (mask[:, 0] > 0).sum(-1)
+        chunk = self.static_chunk_size if streaming else 0
+        x = self.input_embed(x, cond, mu, spks)
+        rotary = self.rotary_embed(x.shape[1])
+        skip = x
+        for block in self.transformer_blocks:
+            x = block(x, e, lengths, chunk, rotary)
+        if self.long_skip_connection is not None:
+            x = self.long_skip_connection(torch.cat([x, skip], -1))
+        scale, shift = self.norm_out(e)
+        return self.proj_out(modulate(x, shift, scale)).transpose(1, 2)

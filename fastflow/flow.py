@@ -1,0 +1,469 @@
+"""The flow of CosyVoice 1, 2 and 3: speech tokens to mel, as upstream's classes of the same names.
+
+``forward(batch, device)`` is the training step's loss, ``inference(...)`` synthesises one utterance.  Randomness follows
+upstream's contract: Python's ``random`` for the streaming choice and the condition prefixes, torch's generator for the
+time, the noise and the guidance dropout, in upstream's order.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastflow.checks import check_device, check_floats, check_lengths, check_shape, check_tokens, readable
+from fastflow.ops.attention import length_mask
+
+N_TIMESTEPS = 10
+PREFIX_SHARE = 0.3  # a condition prefix reveals up to this share of a row
+
+
+def _condition_prefixes(feat_len: Tensor) -> list[int]:
+    """Frames revealed to each row: none with probability 1/2, else uniform in 0..30 % (upstream's draws in order)."""
+    prefixes = []
+    for frames in feat_len.tolist():
+        revealed = 0 if random.random() < 0.5 else random.randint(0, int(PREFIX_SHARE * frames))
+        prefixes.append(revealed)
+    return prefixes
+
+
+class _Flow(nn.Module):
+    """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls."""
+
+    encoder: nn.Module
+    pre_lookahead_layer: nn.Module
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        spk_embed_dim: int,
+        output_type: str,
+        vocab_size: int,
+        input_frame_rate: int,
+        only_mask_loss: bool,
+        decoder: nn.Module | None,
+        decoder_conf: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__()
+        self.input_size, self.output_size, self.vocab_size = input_size, output_size, vocab_size
+        self.output_type, self.input_frame_rate = output_type, input_frame_rate
+        self.only_mask_loss, self.decoder_conf = only_mask_loss, decoder_conf
+        self.input_embedding = nn.Embedding(vocab_size, input_size)
+        self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
+        if decoder is None:
+            raise ValueError("decoder must be given: a ConditionalCFM or CausalConditionalCFM")
+        self.decoder = decoder
+
+    def _speaker(self, embedding: Tensor) -> Tensor:
+        return self.spk_embed_affine_layer(F.normalize(embedding, dim=1))
+
+    def _embed(self, token: Tensor, token_len: Tensor) -> Tensor:
+        """Token vectors ``[B, T, input_size]``, zero past each row's length."""
+        vectors = self.input_embedding(token.clamp(0, self.vocab_size - 1))
+        if token.device.type != "cpu":
+            # Where values cannot be checked beforehand, an id too large gives NaN, not a fault that kills the device.
+            vectors = vectors.masked_fill((token >= self.vocab_size)[..., None], float("nan"))
+        return vectors * length_mask(token_len, token.shape[1])[..., None]
+
+    def _check_common(self, token: Tensor, feat: Tensor, embedding: Tensor, feat_name: str) -> None:
+        check_shape("embedding", embedding, (token.shape[0], self.spk_embed_affine_layer.in_features))
+        for name, x in ((feat_name, feat), ("embedding", embedding)):
+            check_floats(name, x, self.spk_embed_affine_layer.weight)
+
+    def _check_batch(self, batch: Mapping[str, Tensor], device: torch.device | str) -> None:
+        names = ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
+        if missing := [name for name in names if name not in batch]:
+            raise ValueError(f"batch lacks {', '.join(missing)}")
+        token, token_len, feat, feat_len, embedding = (batch[name] for name in names)
+        check_shape("speech_token", token, (None, None))
+        rows, tokens = token.shape
+        check_tokens("speech_token", token, self.vocab_size)
+        check_lengths("speech_token_len", token_len, rows, tokens, "speech_token")
+        check_shape("speech_feat", feat, (rows, None, self.output_size))
+        check_lengths("speech_feat_len", feat_len, rows, feat.shape[1], "speech_feat", fill=self._feat_must_fill)
+        self._check_frames(tokens, feat.shape[1])
+        self._check_common(token, feat, embedding, "speech_feat")
+        parameter = self.spk_embed_affine_layer.weight
+        if torch.device(device).type != parameter.device.type:
+            raise ValueError(f"device is {device} but the module is on {parameter.device}")
+
+    _feat_must_fill = False  # the mask of CosyVoice 2 and 3 comes from the tokens alone
+
+    def _check_frames(self, tokens: int, frames: int) -> None:
+        """CosyVoice 2 and 3 have a fixed number of frames per token."""
+        ratio = self.token_mel_ratio
+        if frames != ratio * tokens:
+            raise ValueError(
+                f"speech_feat has {frames} frames but {tokens} tokens need {ratio} each, {ratio * tokens}: "
+                "trim or pad the waveform to whole tokens before the mel"
+            )
+
+    def _loss(
+        self, batch: Mapping[str, Tensor], feat: Tensor, mask: Tensor, h: Tensor, spks: Tensor, **streaming: bool
+    ) -> dict[str, Tensor]:
+        """Draw the condition and evaluate the decoder's loss; feat and h are ``[B, T, 80]``, mask ``[B, T]`` bool."""
+        prefix = torch.tensor(_condition_prefixes(batch["speech_feat_len"])).to(feat.device)
+        cond = feat.masked_fill(~length_mask(prefix, feat.shape[1])[..., None], 0.0)
+        loss, _ = self.decoder.compute_loss(
+            feat.transpose(1, 2).contiguous(),
+            mask[:, None].to(h),
+            h.transpose(1, 2).contiguous(),
+            spks,
+            cond=cond.transpose(1, 2),
+            **streaming,
+        )
+        return {"loss": loss}
+
+    def _check_inference(
+        self,
+        token: Tensor,
+        token_len: Tensor,
+        prompt_token: Tensor,
+        prompt_token_len: Tensor,
+        prompt_feat: Tensor,
+        embedding: Tensor,
+    ) -> None:
+        for name, x, length in (
+            ("token", token, token_len),
+            ("prompt_token", prompt_token, prompt_token_len),
+        ):
+            if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[0] != 1:
+                given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise ValueError(f"{name} must have shape [1, any], one utterance; got {given}")
+            check_tokens(name, x, self.vocab_size)
+            check_shape(f"{name}_len", length, (1,))
+            if readable(length) and not 0 <= int(length) <= x.shape[1]:
+                raise ValueError(f"{name}_len must lie in 0..{x.shape[1]}, the width of {name}; got {int(length)}")
+        if not token.shape[1]:
+            raise ValueError("token is empty: at least one token is needed")
+        if (
+            not isinstance(prompt_feat, Tensor)
+            or prompt_feat.dim() != 3
+            or prompt_feat.shape[::2] != (1, self.output_size)
+        ):
+            given = list(prompt_feat.shape) if isinstance(prompt_feat, Tensor) else type(prompt_feat).__name__
+            raise ValueError(f"prompt_feat must have shape [1, any, {self.output_size}], got {given}")
+        self._check_common(token, prompt_feat, embedding, "prompt_feat")
+        tensors = {"token": token, "prompt_token": prompt_token, "prompt_feat": prompt_feat, "embedding": embedding}
+        for name, x in tensors.items():
+            check_device(name, x, self.spk_embed_affine_layer.weight.device)
+
+    def _solver_inputs(self, h: Tensor, prompt_feat: Tensor) -> dict[str, Any]:
+        """mu, mask and cond for the decoder from encoder frames ``[1, T, 80]`` and the prompt's mel."""
+        cond = F.pad(prompt_feat.to(h.dtype), (0, 0, 0, h.shape[1] - prompt_feat.shape[1]))
+        return {
+            "mu": h.transpose(1, 2).contiguous(),
+            "mask": h.new_ones(1, 1, h.shape[1]),
+            "cond": cond.transpose(1, 2),
+            "n_timesteps": N_TIMESTEPS,
+        }
+
+
+class MaskedDiffWithXvec(_Flow):
+    """The flow of CosyVoice 1.
+
+    Args:
+        input_size: width of the token embedding.
+        output_size: mel channels.
+        spk_embed_dim: width of the speaker x-vector.
+        vocab_size: speech tokens.
+        input_frame_rate: tokens per second.
+        encoder: a :class:`fastflow.ConformerEncoder`.
+        length_regulator: an :class:`fastflow.InterpolateRegulator`.
+        decoder: a :class:`fastflow.ConditionalCFM` with its estimator.
+        output_type, only_mask_loss, decoder_conf: kept for upstream's signature, without effect.
+    """
+
+    _feat_must_fill = True
+
+    def __init__(
+        self,
+        input_size: int = 512,
+        output_size: int = 80,
+        spk_embed_dim: int = 192,
+        output_type: str = "mel",
+        vocab_size: int = 4096,
+        input_frame_rate: int = 50,
+        only_mask_loss: bool = True,
+        encoder: nn.Module | None = None,
+        length_regulator: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        decoder_conf: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            spk_embed_dim,
+            output_type,
+            vocab_size,
+            input_frame_rate,
+            only_mask_loss,
+            decoder,
+            decoder_conf,
+        )
+        if encoder is None or length_regulator is None:
+            raise ValueError("encoder and length_regulator must be given")
+        self.encoder = encoder
+        self.encoder_proj = nn.Linear(encoder.output_size(), output_size)
+        self.length_regulator = length_regulator
+
+    def _check_frames(self, tokens: int, frames: int) -> None:
+        """The length regulator stretches to any number of frames."""
+
+    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """The training loss.
+
+        Args:
+            batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat`` ``[B, Tf, 80]``
+                log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.
+            device: where to compute; the module's.
+
+        Returns:
+            ``{"loss": scalar}``.
+
+        Raises:
+            ValueError, TypeError: a tensor that does not fit, by name.
+        """
+        self._check_batch(batch, device)
+        token, token_len, feat, feat_len, embedding = (
+            batch[name].to(device)
+            for name in ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
+        )
+        spks = self._speaker(embedding)
+        h, _ = self.encoder(self._embed(token, token_len), token_len)
+        h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1])
+        return self._loss(batch, feat, length_mask(feat_len, feat.shape[1]), h, spks)
+
+    @torch.inference_mode()
+    def inference(
+        self,
+        token: Tensor,
+        token_len: Tensor,
+        prompt_token: Tensor,
+        prompt_token_len: Tensor,
+        prompt_feat: Tensor,
+        prompt_feat_len: Tensor,
+        embedding: Tensor,
+        flow_cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Synthesise the mel of one utterance, or of its next chunk.
+
+        Args:
+            token: ``[1, N]`` int speech tokens.
+            token_len: ``[1]``.
+            prompt_token: ``[1, P]`` tokens of the prompt; P may be 0.
+            prompt_token_len: ``[1]``.
+            prompt_feat: ``[1, M, 80]`` mel of the prompt.
+            prompt_feat_len: unused, as upstream.
+            embedding: ``[1, 192]`` x-vector.
+            flow_cache: ``[1, 80, K, 2]`` from the chunk before; K = 0 at the start.
+
+        Returns:
+            The mel ``[1, 80, int(N / input_frame_rate * 22050 / 256)]`` float32 and the new cache.
+
+        Raises:
+            ValueError, TypeError: a tensor that does not fit, by name.
+        """
+        self._check_inference(token, token_len, prompt_token, prompt_token_len, prompt_feat, embedding)
+        prompt_tokens, prompt_frames = prompt_token.shape[1], prompt_feat.shape[1]
+        frames = int(token.shape[1] / self.input_frame_rate * 22050 / 256)
+        self._check_cache(flow_cache, prompt_frames + frames)
+        spks = self._speaker(embedding)
+        tokens, tokens_len = torch.cat([prompt_token, token], 1), prompt_token_len + token_len
+        h, _ = self.encoder(self._embed(tokens, tokens_len), tokens_len)
+        h = self.encoder_proj(h)
+        h, _ = self.length_regulator.inference(
+            h[:, :prompt_tokens], h[:, prompt_tokens:], prompt_frames, frames, self.input_frame_rate
+        )
+        mel, cache = self.decoder(
+            **self._solver_inputs(h, prompt_feat), spks=spks, prompt_len=prompt_frames, cache=flow_cache
+        )
+        return mel[:, :, prompt_frames:], cache
+
+    def _check_cache(self, flow_cache: Tensor, frames: int) -> None:
+        if flow_cache.dim() != 4 or flow_cache.shape[:2] != (1, self.output_size) or flow_cache.shape[3] != 2:
+            raise ValueError(
+                f"flow_cache must have shape [1, {self.output_size}, any, 2], got {list(flow_cache.shape)}"
+            )
+        if flow_cache.shape[2] > frames:
+            raise ValueError(f"flow_cache holds {flow_cache.shape[2]} frames but prompt and chunk have {frames}")
+
+
+class _CausalFlow(_Flow):
+    """What the flows of CosyVoice 2 and 3 share: a fixed number of frames per token, streaming by chunk masks."""
+
+    token_mel_ratio: int
+    pre_lookahead_len: int
+
+    def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:
+        """Token vectors ``[B, T, input_size]`` to mu ``[B, token_mel_ratio * T, 80]``."""
+        raise NotImplementedError
+
+    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """The training loss; half of the batches are computed with streaming masks.
+
+        Args:
+            batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat``
+                ``[B, token_mel_ratio * Tt, 80]`` log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding``
+                ``[B, 192]`` x-vectors.
+            device: where to compute; the module's.
+
+        Returns:
+            ``{"loss": scalar}``.
+
+        Raises:
+            ValueError, TypeError: a tensor that does not fit, by name.
+        """
+        self._check_batch(batch, device)
+        token, token_len, feat, embedding = (
+            batch[name].to(device) for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
+        )
+        streaming = random.random() < 0.5
+        spks = self._speaker(embedding)
+        h = self._encode(self._embed(token, token_len), token_len, streaming, None)
+        mask = length_mask(self.token_mel_ratio * token_len, h.shape[1])
+        return self._loss(batch, feat, mask, h, spks, streaming=streaming)
+
+    @torch.inference_mode()
+    def inference(
+        self,
+        token: Tensor,
+        token_len: Tensor,
+        prompt_token: Tensor,
+        prompt_token_len: Tensor,
+        prompt_feat: Tensor,
+        prompt_feat_len: Tensor,
+        embedding: Tensor,
+        streaming: bool,
+        finalize: bool,
+    ) -> tuple[Tensor, None]:
+        """Synthesise the mel of one utterance, or of all its tokens so far.
+
+        Args:
+            token: ``[1, N]`` int speech tokens.
+            token_len: ``[1]``.
+            prompt_token: ``[1, P]`` tokens of the prompt; P may be 0.
+            prompt_token_len: ``[1]``.
+            prompt_feat: ``[1, M, 80]`` mel of the prompt.
+            prompt_feat_len: unused, as upstream.
+            embedding: ``[1, 192]`` x-vector.
+            streaming: attention sees its own chunk and all before it.
+            finalize: False keeps the last ``pre_lookahead_len`` tokens as look-ahead, without frames of their own.
+
+        Returns:
+            The mel ``[1, 80, frames - M]`` float32, where frames is ``token_mel_ratio`` times the tokens, and None.
+
+        Raises:
+            ValueError, TypeError: a tensor that does not fit, by name.
+        """
+        self._check_inference(token, token_len, prompt_token, prompt_token_len, prompt_feat, embedding)
+        tokens, lengths = torch.cat([prompt_token, token], 1), prompt_token_len + token_len
+        spoken = tokens.shape[1] - (0 if finalize else self.pre_lookahead_len)
+        if spoken < 1:
+            raise ValueError(f"finalize=False needs more than {self.pre_lookahead_len} tokens, got {tokens.shape[1]}")
+        if prompt_feat.shape[1] >= (frames := self.token_mel_ratio * spoken):
+            raise ValueError(f"prompt_feat has {prompt_feat.shape[1]} frames, but all tokens give only {frames}")
+        spks = self._speaker(embedding)
+        vectors = self._embed(tokens, lengths)
+        context = None if finalize else vectors[:, spoken:]
+        h = self._encode(vectors[:, :spoken], lengths, streaming, context)
+        mel, _ = self.decoder(**self._solver_inputs(h, prompt_feat), spks=spks, streaming=streaming)
+        return mel[:, :, prompt_feat.shape[1] :], None
+
+
+class CausalMaskedDiffWithXvec(_CausalFlow):
+    """The flow of CosyVoice 2.
+
+    Args:
+        token_mel_ratio: mel frames per token; the encoder's upsampling makes it 2.
+        pre_lookahead_len: tokens of look-ahead.
+        encoder: an :class:`fastflow.UpsampleConformerEncoder`.
+        decoder: a :class:`fastflow.CausalConditionalCFM` with its estimator.
+        The others as :class:`MaskedDiffWithXvec`.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 512,
+        output_size: int = 80,
+        spk_embed_dim: int = 192,
+        output_type: str = "mel",
+        vocab_size: int = 4096,
+        input_frame_rate: int = 50,
+        only_mask_loss: bool = True,
+        token_mel_ratio: int = 2,
+        pre_lookahead_len: int = 3,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        decoder_conf: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            spk_embed_dim,
+            output_type,
+            vocab_size,
+            input_frame_rate,
+            only_mask_loss,
+            decoder,
+            decoder_conf,
+        )
+        if encoder is None:
+            raise ValueError("encoder must be given: an UpsampleConformerEncoder")
+        self.encoder = encoder
+        self.encoder_proj = nn.Linear(encoder.output_size(), output_size)
+        self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
+
+    def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:
+        h, _ = self.encoder(vectors, lengths, context=context, streaming=streaming)
+        return self.encoder_proj(h)
+
+
+class CausalMaskedDiffWithDiT(_CausalFlow):
+    """The flow of CosyVoice 3: no encoder but a look-ahead layer at the mel's width.
+
+    Args:
+        token_mel_ratio: mel frames per token; each vector is repeated as often.
+        pre_lookahead_len: tokens of look-ahead.
+        pre_lookahead_layer: a :class:`fastflow.PreLookaheadLayer`.
+        decoder: a :class:`fastflow.CausalConditionalCFM` with a :class:`fastflow.DiT`.
+        The others as :class:`MaskedDiffWithXvec`.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 512,
+        output_size: int = 80,
+        spk_embed_dim: int = 192,
+        output_type: str = "mel",
+        vocab_size: int = 4096,
+        input_frame_rate: int = 50,
+        only_mask_loss: bool = True,
+        token_mel_ratio: int = 2,
+        pre_lookahead_len: int = 3,
+        pre_lookahead_layer: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        decoder_conf: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            input_size,
+            output_size,
+            spk_embed_dim,
+            output_type,
+            vocab_size,
+            input_frame_rate,
+            only_mask_loss,
+            decoder,
+            decoder_conf,
+        )
+        if pre_lookahead_layer is None:
+            raise ValueError("pre_lookahead_layer must be given: a PreLookaheadLayer")
+        self.pre_lookahead_layer = pre_lookahead_layer
+        self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
+
+    def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:
+        return self.pre_lookahead_layer(vectors, context).repeat_interleave(self.token_mel_ratio, dim=1)

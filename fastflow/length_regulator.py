@@ -1,0 +1,67 @@
+"""The length regulator of CosyVoice 1: encoder frames at the token rate become mel frames."""
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from fastflow.ops.attention import length_mask
+from fastflow.ops.interpolate import interpolate
+
+EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
+
+
+class InterpolateRegulator(nn.Module):
+    """Linear resampling, then for every sampling ratio a convolution, GroupNorm and Mish, then a projection.
+
+    Only the number of ``sampling_ratios`` matters, as upstream.
+    """
+
+    def __init__(
+        self, channels: int, sampling_ratios: tuple[int, ...], out_channels: int | None = None, groups: int = 1
+    ) -> None:
+        super().__init__()
+        self.sampling_ratios = sampling_ratios
+        model: list[nn.Module] = []
+        for _ in sampling_ratios:
+            model += [nn.Conv1d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.Mish()]
+        self.model = nn.Sequential(*model, nn.Conv1d(channels, out_channels or channels, 1))
+
+    def forward(self, x: Tensor, ylens: Tensor, frames: int | None = None) -> tuple[Tensor, Tensor]:
+        """Training: stretch the whole padded row to the longest target.
+
+        Args:
+            x: ``[B, T, channels]``; padded positions take part, as upstream.
+            ylens: ``[B]`` mel frames of each row.
+            frames: ``max(ylens)`` if it is known, which saves reading ``ylens`` from the device.
+
+        Returns:
+            ``[B, frames, out_channels]``, zero past each row's length, and ``ylens``.
+        """
+        if frames is None:
+            frames = int(ylens.max())
+        y = self.model(interpolate(x, [(x.shape[1], frames)], channels_first=True)).transpose(1, 2)
+        return y * length_mask(ylens, frames)[..., None], ylens
+
+    def inference(
+        self, x1: Tensor, x2: Tensor, mel_len1: int, mel_len2: int, input_frame_rate: int = 50
+    ) -> tuple[Tensor, int]:
+        """Stretch prompt and target apart; of a target over 40 tokens, the first and last 20 apart from the middle.
+
+        Args:
+            x1: ``[1, P, channels]`` prompt; P may be 0.
+            x2: ``[1, N, channels]`` target.
+            mel_len1, mel_len2: mel frames of prompt and target.
+            input_frame_rate: tokens per second; 20 tokens become ``int(20 / rate * 22050 / 256)`` frames.
+
+        Returns:
+            ``[1, mel_len1 + mel_len2, out_channels]`` and that number of frames.
+        """
+        segments = [(x1.shape[1], mel_len1)] if x1.shape[1] else []
+        if (tokens := x2.shape[1]) > 2 * EDGE_TOKENS:
+            edge = int(EDGE_TOKENS / input_frame_rate * 22050 / 256)
+            middle = tokens - 2 * EDGE_TOKENS, mel_len2 - 2 * edge
+            segments += [(EDGE_TOKENS, edge), middle, (EDGE_TOKENS, edge)]
+        else:
+            segments += [(tokens, mel_len2)]
+        y = self.model(interpolate(torch.cat([x1, x2], 1), segments, channels_first=True))
+        return y.transpose(1, 2), mel_len1 + mel_len2

@@ -1,0 +1,314 @@
+"""The U-Net estimators of CosyVoice 1 (GroupNorm) and 2 (causal convolutions, LayerNorm).
+
+Convolutions work on ``[B, C, T]``, transformer blocks on ``[B, T, C]``.  The key of every parameter is upstream's.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastflow.ops.attention import attention
+
+
+def time_features(t: Tensor, width: int) -> Tensor:
+    """Sinusoids of ``1000 * t``: ``[B]`` or a 0-dimensional t -> ``[B, width]``, all sines before all cosines.
+
+    ``freq_k = exp(-k * ln(10000) / (width / 2 - 1))`` is float32; the result has the dtype of t.
+    """
+    half = width // 2
+    freq = torch.exp(torch.arange(half, device=t.device).float() * -(math.log(10000.0) / (half - 1)))
+    angle = 1000 * t.reshape(-1, 1) * freq
+    return torch.cat([angle.sin(), angle.cos()], -1).to(t.dtype)
+
+
+class TimestepEmbedding(nn.Module):
+    """``linear_2(SiLU(linear_1(x)))``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(width, hidden)
+        self.linear_2 = nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class CausalConv1d(nn.Conv1d):
+    """A convolution of kernel 3 that sees the present and the two frames before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
+
+
+class Transpose(nn.Module):
+    """Swap channels and time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class Block1D(nn.Module):
+    """``Mish(norm(conv3(x * mask))) * mask``."""
+
+    def __init__(self, dim: int, dim_out: int, causal: bool) -> None:
+        super().__init__()
+        if causal:
+            norm: list[nn.Module] = [Transpose(), nn.LayerNorm(dim_out), Transpose()]
+            self.block = nn.Sequential(CausalConv1d(dim, dim_out, 3), *norm, nn.Mish())
+        else:
+            self.block = nn.Sequential(nn.Conv1d(dim, dim_out, 3, padding=1), nn.GroupNorm(8, dim_out), nn.Mish())
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.block(x * mask) * mask
+
+
+class ResnetBlock1D(nn.Module):
+    """Two blocks with the time embedding between them, and a projected residual; not zero on padding."""
+
+    def __init__(self, dim: int, dim_out: int, time_emb_dim: int, causal: bool) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Mish(), nn.Linear(time_emb_dim, dim_out))
+        self.block1 = Block1D(dim, dim_out, causal)
+        self.block2 = Block1D(dim_out, dim_out, causal)
+        self.res_conv = nn.Conv1d(dim, dim_out, 1)
+
+    def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor) -> Tensor:
+        h = self.block1(x, mask) + self.mlp(time_emb)[..., None]
+        return self.block2(h, mask) + self.res_conv(x * mask)
+
+
+class Attention(nn.Module):
+    """Self-attention without bias on q, k and v; the inner width differs from the channels."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_k = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_v = nn.Linear(dim, heads * head_dim, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), nn.Dropout(dropout)])
+
+    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
+        )
+        out = attention(q, k, v, lengths, chunk_size).transpose(1, 2).flatten(2)
+        return self.to_out[1](self.to_out[0](out))
+
+
+class GELU(nn.Module):
+    """A projection and the exact (erf) GELU."""
+
+    def __init__(self, dim: int, dim_out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x))
+
+
+class FeedForward(nn.Module):
+    """Four times the width inside."""
+
+    def __init__(self, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GELU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.net:
+            x = module(x)
+        return x
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward on ``[B, T, C]``."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads, head_dim, dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.ff = FeedForward(dim, dropout)
+
+    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
+        x = x + self.attn1(self.norm1(x), lengths, chunk_size)
+        return x + self.ff(self.norm3(x))
+
+
+class Resample(nn.Module):
+    """Halve (stride 2) or double (transposed) the number of frames."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class ConditionalDecoder(nn.Module):
+    """The U-Net of CosyVoice 1.  ``channels`` has one entry per level; between two levels time is halved.
+
+    Args:
+        in_channels: width of x, mu, spks and cond together (320).
+        out_channels: mel channels (80).
+        channels: width of each level.
+        dropout: after the attention output and inside the feed-forward.
+        attention_head_dim, num_heads: attention width is their product.
+        n_blocks: transformer blocks per level and middle block.
+        num_mid_blocks: middle blocks.
+        act_fn: only ``"gelu"`` exists, as in the published configurations.
+    """
+
+    causal = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int] = (256, 256),
+        dropout: float = 0.05,
+        attention_head_dim: int = 64,
+        n_blocks: int = 1,
+        num_mid_blocks: int = 2,
+        num_heads: int = 4,
+        act_fn: str = "snake",
+    ) -> None:
+        super().__init__()
+        if act_fn != "gelu":
+            raise ValueError(f"act_fn must be 'gelu', as in the published configurations; got {act_fn!r}")
+        channels = tuple(channels)
+        self.in_channels, self.out_channels, self.static_chunk_size = in_channels, out_channels, 0
+        time_width = 4 * channels[0]
+        self.time_mlp = TimestepEmbedding(in_channels, time_width)
+
+        def stage(dim: int, dim_out: int) -> list[nn.Module]:
+            blocks = [TransformerBlock(dim_out, num_heads, attention_head_dim, dropout) for _ in range(n_blocks)]
+            return [ResnetBlock1D(dim, dim_out, time_width, self.causal), nn.ModuleList(blocks)]
+
+        def same(dim: int) -> nn.Module:
+            return CausalConv1d(dim, dim, 3) if self.causal else nn.Conv1d(dim, dim, 3, padding=1)
+
+        last = len(channels) - 1
+        down, up = [], []
+        for i, (dim, dim_out) in enumerate(zip((in_channels, *channels), channels, strict=False)):
+            resample = same(dim_out) if i == last else Resample(nn.Conv1d(dim_out, dim_out, 3, stride=2, padding=1))
+            down.append(nn.ModuleList([*stage(dim, dim_out), resample]))
+        mirrored = channels[::-1]
+        for j, (dim, dim_out) in enumerate(zip(mirrored, (*mirrored[1:], channels[0]), strict=True)):
+            transposed = nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1)
+            up.append(nn.ModuleList([*stage(2 * dim, dim_out), same(dim_out) if j == last else Resample(transposed)]))
+        self.down_blocks = nn.ModuleList(down)
+        self.mid_blocks = nn.ModuleList(nn.ModuleList(stage(channels[-1], channels[-1])) for _ in range(num_mid_blocks))
+        self.up_blocks = nn.ModuleList(up)
+        self.final_block = Block1D(channels[0], channels[0], self.causal)
+        self.final_proj = nn.Conv1d(channels[0], out_channels, 1)
+        self._initialize_weights()
+
+    def _initialize_weights(self) -> None:
+        """Kaiming normal for every convolution and linear, biases zero; not for the transposed convolutions."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        mu: Tensor,
+        t: Tensor,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
+        streaming: bool = False,
+    ) -> Tensor:
+        """The velocity at (x, t).
+
+        Args:
+            x: ``[B, 80, T]`` noisy mel.
+            mask: ``[B, 1, T]``, ones in a row's first frames and zeros after them.
+            mu: ``[B, 80, T]`` encoder output.
+            t: ``[B]`` or 0-dimensional, in [0, 1].
+            spks: ``[B, 80]`` speaker vector.
+            cond: ``[B, 80, T]`` known mel frames, zero elsewhere.
+            streaming: attention sees its own chunk and all before it; without effect in CosyVoice 1.
+
+        Returns:
+            ``[B, 80, T]``, zero at padded frames.
+        """
+        e = self.time_mlp(time_features(t, self.in_channels))
+        parts = [x, mu]
+        if spks is not None:
+            parts.append(spks[..., None].expand(-1, -1, x.shape[2]))
+        if cond is not None:
+            parts.append(cond)
+        x = torch.cat(parts, 1)
+        chunk = self.static_chunk_size if streaming else 0
+        masks = [mask]
+        for _ in self.down_blocks[1:]:
+            masks.append(masks[-1][:, :, ::2])
+        lengths = [(m[:, 0] > 0).sum(-1) for m in masks]
+
+        def stage(resnet: nn.Module, blocks: nn.ModuleList, x: Tensor, level: int) -> Tensor:
+            x = resnet(x, masks[level], e).transpose(1, 2)
+            for block in blocks:
+                x = block(x, lengths[level], chunk)
+            return x.transpose(1, 2)
+
+        skips = []
+        for level, (resnet, blocks, resample) in enumerate(self.down_blocks):
+            skips.append(stage(resnet, blocks, x, level))
+            x = resample(skips[-1] * masks[level])
+        for resnet, blocks in self.mid_blocks:
+            x = stage(resnet, blocks, x, -1)
+        for level, (resnet, blocks, resample) in zip(reversed(range(len(skips))), self.up_blocks, strict=True):
+            skip = skips[level]
+            x = stage(resnet, blocks, torch.cat([x[:, :, : skip.shape[2]], skip], 1), level)
+            x = resample(x * masks[level])
+        x = self.final_block(x, mask)
+        return self.final_proj(x * mask) * mask
+
+
+class CausalConditionalDecoder(ConditionalDecoder):
+    """The U-Net of CosyVoice 2; with one level and ``streaming`` it is causal at the grain of a chunk.
+
+    Args:
+        static_chunk_size: frames of a chunk in streaming mode, the same at every level.
+        num_decoding_left_chunks: ignored, as upstream does: all chunks to the left are seen.
+        The others as :class:`ConditionalDecoder`.
+    """
+
+    causal = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: Sequence[int] = (256, 256),
+        dropout: float = 0.05,
+        attention_head_dim: int = 64,
+        n_blocks: int = 1,
+        num_mid_blocks: int = 2,
+        num_heads: int = 4,
+        act_fn: str = "snake",
+        static_chunk_size: int = 50,
+        num_decoding_left_chunks: int = 2,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            channels,
+            dropout,
+            attention_head_dim,
+            n_blocks,
+            num_mid_blocks,
+            num_heads,
+            act_fn,
+        )
+        self.static_chunk_size = static_chunk_size
+        self.num_decoding_left_chunks = num_decoding_left_chunks
