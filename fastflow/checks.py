@@ -15,17 +15,22 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_shape(name: str, x: object, shape: Sequence[int | None]) -> None:
-    """``shape`` holds a number, or None for any size >= 1."""
+def check_shape(name: str, x: object, shape: Sequence[int | None], smallest: int = 1) -> None:
+    """``shape`` holds a number, or None for any size of at least ``smallest``."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     given = tuple(x.shape)
     fits = len(given) == len(shape) and all(
-        size == want if want is not None else size >= 1 for size, want in zip(given, shape, strict=True)
+        size >= smallest if want is None else size == want for size, want in zip(given, shape, strict=True)
     )
     if not fits:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        wanted = ", ".join(f">= {smallest}" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape [{wanted}], got {list(given)}")
+
+
+def check_row(name: str, x: object, *shape: int | None) -> None:
+    """A tensor of one utterance, ``[1, ...]``; sizes given as None may be 0."""
+    check_shape(name, x, (1, *shape), smallest=0)
 
 
 def check_tokens(name: str, x: Tensor, vocab_size: int) -> None:
@@ -46,9 +51,7 @@ def check_lengths(name: str, x: Tensor, batch: int, width: int, what: str, fill:
     if int(x.min()) < 1 or int(x.max()) > width:
         raise ValueError(f"{name} must lie in 1..{width}, the width of {what}; got {x.tolist()}")
     if fill and int(x.max()) != width:
-        raise ValueError(
-            f"the largest of {name} must be {width}, the width of {what}; got {x.tolist()}: trim the batch"
-        )
+        raise ValueError(f"the largest of {name} must be {width}, the width of {what}; got {x.tolist()}")
 
 
 def check_floats(name: str, x: Tensor, like: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The flow of CosyVoice 1, 2 and 3: speech tokens to mel, as upstream's classes of the same names.
 
-``forward(batch, device)`` is the training step's loss, ``inference(...)`` synthesises one utterance.  Randomness follows
-upstream's contract: Python's ``random`` for the streaming choice and the condition prefixes, torch's generator for the
-time, the noise and the guidance dropout, in upstream's order.
+``forward(batch, device)`` is the training step's loss, ``inference(...)`` synthesises one utterance.  Randomness
+follows upstream's contract: Python's ``random`` for the streaming choice and the condition prefixes, torch's generator
+for the time, the noise and the guidance dropout, in upstream's order.
 """
 
 import random
@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.checks import check_device, check_floats, check_lengths, check_shape, check_tokens, readable
+from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
 from fastflow.ops.attention import length_mask
 
 N_TIMESTEPS = 10
@@ -33,8 +33,12 @@ def _condition_prefixes(feat_len: Tensor) -> list[int]:
 class _Flow(nn.Module):
     """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls."""
 
-    encoder: nn.Module
-    pre_lookahead_layer: nn.Module
+    encoder: Any
+    length_regulator: Any
+    pre_lookahead_layer: Any
+    decoder: Any
+    token_mel_ratio: int
+    pre_lookahead_len: int
 
     def __init__(
         self,
@@ -127,26 +131,15 @@ class _Flow(nn.Module):
         prompt_feat: Tensor,
         embedding: Tensor,
     ) -> None:
-        for name, x, length in (
-            ("token", token, token_len),
-            ("prompt_token", prompt_token, prompt_token_len),
-        ):
-            if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[0] != 1:
-                given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise ValueError(f"{name} must have shape [1, any], one utterance; got {given}")
+        for name, x, length in (("token", token, token_len), ("prompt_token", prompt_token, prompt_token_len)):
+            check_row(name, x, None)
             check_tokens(name, x, self.vocab_size)
             check_shape(f"{name}_len", length, (1,))
             if readable(length) and not 0 <= int(length) <= x.shape[1]:
                 raise ValueError(f"{name}_len must lie in 0..{x.shape[1]}, the width of {name}; got {int(length)}")
         if not token.shape[1]:
             raise ValueError("token is empty: at least one token is needed")
-        if (
-            not isinstance(prompt_feat, Tensor)
-            or prompt_feat.dim() != 3
-            or prompt_feat.shape[::2] != (1, self.output_size)
-        ):
-            given = list(prompt_feat.shape) if isinstance(prompt_feat, Tensor) else type(prompt_feat).__name__
-            raise ValueError(f"prompt_feat must have shape [1, any, {self.output_size}], got {given}")
+        check_row("prompt_feat", prompt_feat, None, self.output_size)
         self._check_common(token, prompt_feat, embedding, "prompt_feat")
         tensors = {"token": token, "prompt_token": prompt_token, "prompt_feat": prompt_feat, "embedding": embedding}
         for name, x in tensors.items():
@@ -208,7 +201,7 @@ class MaskedDiffWithXvec(_Flow):
         if encoder is None or length_regulator is None:
             raise ValueError("encoder and length_regulator must be given")
         self.encoder = encoder
-        self.encoder_proj = nn.Linear(encoder.output_size(), output_size)
+        self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
         self.length_regulator = length_regulator
 
     def _check_frames(self, tokens: int, frames: int) -> None:
@@ -285,19 +278,13 @@ class MaskedDiffWithXvec(_Flow):
         return mel[:, :, prompt_frames:], cache
 
     def _check_cache(self, flow_cache: Tensor, frames: int) -> None:
-        if flow_cache.dim() != 4 or flow_cache.shape[:2] != (1, self.output_size) or flow_cache.shape[3] != 2:
-            raise ValueError(
-                f"flow_cache must have shape [1, {self.output_size}, any, 2], got {list(flow_cache.shape)}"
-            )
+        check_row("flow_cache", flow_cache, self.output_size, None, 2)
         if flow_cache.shape[2] > frames:
             raise ValueError(f"flow_cache holds {flow_cache.shape[2]} frames but prompt and chunk have {frames}")
 
 
 class _CausalFlow(_Flow):
     """What the flows of CosyVoice 2 and 3 share: a fixed number of frames per token, streaming by chunk masks."""
-
-    token_mel_ratio: int
-    pre_lookahead_len: int
 
     def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:
         """Token vectors ``[B, T, input_size]`` to mu ``[B, token_mel_ratio * T, 80]``."""
@@ -415,7 +402,7 @@ class CausalMaskedDiffWithXvec(_CausalFlow):
         if encoder is None:
             raise ValueError("encoder must be given: an UpsampleConformerEncoder")
         self.encoder = encoder
-        self.encoder_proj = nn.Linear(encoder.output_size(), output_size)
+        self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
         self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
 
     def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:

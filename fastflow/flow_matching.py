@@ -231,9 +231,7 @@ class CausalConditionalCFM(ConditionalCFM):
         """
         frames = mu.shape[2]
         if frames > self.rand_noise.shape[2]:
-            raise ValueError(
-                f"mu has {frames} frames, prompt included; at most {self.rand_noise.shape[2]} are possible"
-            )
+            raise ValueError(f"mu has {frames} frames, prompt included; at most {self.rand_noise.shape[2]} are allowed")
         z = self.rand_noise[:, :, :frames].to(mu) * temperature
         z = z.expand(mu.shape[0], -1, -1)
         return self._solve(z, mu, mask, n_timesteps, spks, cond, streaming), None

@@ -5,6 +5,7 @@ Convolutions work on ``[B, C, T]``, transformer blocks on ``[B, T, C]``.  The ke
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -150,6 +151,17 @@ class Resample(nn.Module):
         return self.conv(x)
 
 
+class Stage(nn.ModuleList):
+    """A resnet block, transformer blocks and, except in the middle, the resampling that the caller applies after."""
+
+    def forward(self, x: Tensor, mask: Tensor, lengths: Tensor, time_emb: Tensor, chunk_size: int) -> Tensor:
+        x = self[0](x, mask, time_emb).transpose(1, 2)
+        blocks: Any = self[1]
+        for block in blocks:
+            x = block(x, lengths, chunk_size)
+        return x.transpose(1, 2)
+
+
 class ConditionalDecoder(nn.Module):
     """The U-Net of CosyVoice 1.  ``channels`` has one entry per level; between two levels time is halved.
 
@@ -165,6 +177,8 @@ class ConditionalDecoder(nn.Module):
     """
 
     causal = False
+    down_blocks: Any
+    up_blocks: Any
 
     def __init__(
         self,
@@ -186,9 +200,10 @@ class ConditionalDecoder(nn.Module):
         time_width = 4 * channels[0]
         self.time_mlp = TimestepEmbedding(in_channels, time_width)
 
-        def stage(dim: int, dim_out: int) -> list[nn.Module]:
+        def stage(dim: int, dim_out: int, *resample: nn.Module) -> Stage:
             blocks = [TransformerBlock(dim_out, num_heads, attention_head_dim, dropout) for _ in range(n_blocks)]
-            return [ResnetBlock1D(dim, dim_out, time_width, self.causal), nn.ModuleList(blocks)]
+            resnet = ResnetBlock1D(dim, dim_out, time_width, self.causal)
+            return Stage([resnet, nn.ModuleList(blocks), *resample])
 
         def same(dim: int) -> nn.Module:
             return CausalConv1d(dim, dim, 3) if self.causal else nn.Conv1d(dim, dim, 3, padding=1)
@@ -197,13 +212,13 @@ class ConditionalDecoder(nn.Module):
         down, up = [], []
         for i, (dim, dim_out) in enumerate(zip((in_channels, *channels), channels, strict=False)):
             resample = same(dim_out) if i == last else Resample(nn.Conv1d(dim_out, dim_out, 3, stride=2, padding=1))
-            down.append(nn.ModuleList([*stage(dim, dim_out), resample]))
+            down.append(stage(dim, dim_out, resample))
         mirrored = channels[::-1]
         for j, (dim, dim_out) in enumerate(zip(mirrored, (*mirrored[1:], channels[0]), strict=True)):
-            transposed = nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1)
-            up.append(nn.ModuleList([*stage(2 * dim, dim_out), same(dim_out) if j == last else Resample(transposed)]))
+            transposed = Resample(nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1))
+            up.append(stage(2 * dim, dim_out, same(dim_out) if j == last else transposed))
         self.down_blocks = nn.ModuleList(down)
-        self.mid_blocks = nn.ModuleList(nn.ModuleList(stage(channels[-1], channels[-1])) for _ in range(num_mid_blocks))
+        self.mid_blocks = nn.ModuleList(stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks))
         self.up_blocks = nn.ModuleList(up)
         self.final_block = Block1D(channels[0], channels[0], self.causal)
         self.final_proj = nn.Conv1d(channels[0], out_channels, 1)
@@ -254,22 +269,15 @@ class ConditionalDecoder(nn.Module):
             masks.append(masks[-1][:, :, ::2])
         lengths = [(m[:, 0] > 0).sum(-1) for m in masks]
 
-        def stage(resnet: nn.Module, blocks: nn.ModuleList, x: Tensor, level: int) -> Tensor:
-            x = resnet(x, masks[level], e).transpose(1, 2)
-            for block in blocks:
-                x = block(x, lengths[level], chunk)
-            return x.transpose(1, 2)
-
-        skips = []
-        for level, (resnet, blocks, resample) in enumerate(self.down_blocks):
-            skips.append(stage(resnet, blocks, x, level))
-            x = resample(skips[-1] * masks[level])
-        for resnet, blocks in self.mid_blocks:
-            x = stage(resnet, blocks, x, -1)
-        for level, (resnet, blocks, resample) in zip(reversed(range(len(skips))), self.up_blocks, strict=True):
-            skip = skips[level]
-            x = stage(resnet, blocks, torch.cat([x[:, :, : skip.shape[2]], skip], 1), level)
-            x = resample(x * masks[level])
+        skips: list[Tensor] = []
+        for stage, m, length in zip(self.down_blocks, masks, lengths, strict=True):
+            skips.append(stage(x, m, length, e, chunk))
+            x = stage[2](skips[-1] * m)
+        for stage in self.mid_blocks:
+            x = stage(x, masks[-1], lengths[-1], e, chunk)
+        for stage, m, length, skip in zip(self.up_blocks, masks[::-1], lengths[::-1], skips[::-1], strict=True):
+            x = stage(torch.cat([x[:, :, : skip.shape[2]], skip], 1), m, length, e, chunk)
+            x = stage[2](x * m)
         x = self.final_block(x, mask)
         return self.final_proj(x * mask) * mask
 
