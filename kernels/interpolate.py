@@ -1,9 +1,11 @@
 """Triton kernels of fastflow.ops.interpolate, which states the formula.
 
-Positions are rounded where F.interpolate rounds them: the ratio is an IEEE division and ``src`` one fused multiply-add.
-Every multiply-add is written out and the compiler may fuse no other (``enable_fp_fusion=False``), so the kernels compute
-the same bits on every architecture and in the interpreter.
+Positions are rounded where F.interpolate rounds them: the ratio is an IEEE division, ``src`` one fused multiply-add.
+Every multiply-add is written out and the compiler may fuse no other (``enable_fp_fusion=False``), so the kernels
+compute the same bits on every architecture and in the interpreter; in float32 they are those of F.interpolate on a CPU.
 """
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# ruff: noqa: N803
 
 from collections.abc import Sequence
 
@@ -22,7 +24,7 @@ LENGTHS = ["in_frames", "frames", "per_row", "s0", "d0", "s1", "d1", "s2", "d2",
 
 @triton.jit
 def _tile(frames, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Row, frames [BLOCK_T] and channels [BLOCK_C] of this program; the grid is flat because only its x may be large."""
+    """Row, frames [BLOCK_T] and channels [BLOCK_C] of this program, in a flat grid: only its x may pass 65535."""
     tiles_c = tl.cdiv(channels, BLOCK_C)
     tiles_t = tl.cdiv(frames, BLOCK_T)
     program = tl.program_id(0)
