@@ -127,11 +127,11 @@ def _v3(lookahead: int, **dit: Any) -> Spec:
     )
 
 
-_ENCODER = {"width": 512, "heads": 8, "units": 2048, "blocks": 6, "dropout": 0.1}
-_UNET = {"mid": 12, "heads": 8, "head_dim": 64, "n_blocks": 4}
+_ENCODER: dict[str, Any] = {"width": 512, "heads": 8, "units": 2048, "blocks": 6, "dropout": 0.1}
+_UNET: dict[str, Any] = {"mid": 12, "heads": 8, "head_dim": 64, "n_blocks": 4}
 # The tiny ones keep the structure and shrink the widths; no dropout, because they are there to learn one utterance.
-_TINY_ENCODER = {"width": 64, "heads": 4, "units": 256, "blocks": 2, "dropout": 0.0}
-_TINY_UNET = {"mid": 2, "heads": 4, "head_dim": 32, "n_blocks": 1}
+_TINY_ENCODER: dict[str, Any] = {"width": 64, "heads": 4, "units": 256, "blocks": 2, "dropout": 0.0}
+_TINY_UNET: dict[str, Any] = {"mid": 2, "heads": 4, "head_dim": 32, "n_blocks": 1}
 
 PRESETS: dict[str, Spec] = {
     "cosyvoice": _v1(_ENCODER, {"channels": [256, 256], **_UNET}),
