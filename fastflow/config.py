@@ -1,11 +1,10 @@
-"""The ways into a flow: presets, CosyVoice yaml files with their checkpoints, and the swap of an upstream flow.
+"""The ways into a flow: presets, CosyVoice yaml files, and checkpoints.
 
 All of them speak one language, the *spec*: a nested dict of plain Python values in which a dict with the key
 ``class`` stands for a module of that name built from the other keys.  It prints, compares and converts to JSON.
 """
 
 import ast
-import copy
 import importlib
 import inspect
 import io
@@ -20,154 +19,30 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-Spec = dict[str, Any]
+from fastflow.dit import DiT
+from fastflow.encoder import ConformerEncoder, PreLookaheadLayer, UpsampleConformerEncoder
+from fastflow.flow import CausalMaskedDiffWithDiT, CausalMaskedDiffWithXvec, MaskedDiffWithXvec
+from fastflow.flow_matching import CausalConditionalCFM, ConditionalCFM
+from fastflow.length_regulator import InterpolateRegulator
+from fastflow.presets import PRESETS, Spec, preset
+from fastflow.unet import CausalConditionalDecoder, ConditionalDecoder
 
-# The classes a spec may name, all public as fastflow.<name>.
-MODULES = (
-    "MaskedDiffWithXvec",
-    "CausalMaskedDiffWithXvec",
-    "CausalMaskedDiffWithDiT",
-    "ConformerEncoder",
-    "UpsampleConformerEncoder",
-    "PreLookaheadLayer",
-    "InterpolateRegulator",
-    "ConditionalCFM",
-    "CausalConditionalCFM",
-    "ConditionalDecoder",
-    "CausalConditionalDecoder",
-    "DiT",
+__all__ = ["PRESETS", "Spec", "build", "check_state", "from_preset", "load", "preset", "read_checkpoint", "read_yaml"]
+
+FLOWS: tuple[type[nn.Module], ...] = (MaskedDiffWithXvec, CausalMaskedDiffWithXvec, CausalMaskedDiffWithDiT)
+PARTS: tuple[type[nn.Module], ...] = (
+    ConformerEncoder,
+    UpsampleConformerEncoder,
+    PreLookaheadLayer,
+    InterpolateRegulator,
+    ConditionalCFM,
+    CausalConditionalCFM,
+    ConditionalDecoder,
+    CausalConditionalDecoder,
+    DiT,
 )
-
-
-def _flow(name: str, input_size: int, vocab_size: int, input_frame_rate: int, **parts: Any) -> Spec:
-    sizes = {"input_size": input_size, "output_size": 80, "spk_embed_dim": 192, "vocab_size": vocab_size}
-    return {"class": name, **sizes, "input_frame_rate": input_frame_rate, **parts}
-
-
-def _encoder(name: str, width: int, heads: int, units: int, blocks: int, dropout: float, **more: Any) -> Spec:
-    return {
-        "class": name,
-        "input_size": width,
-        "output_size": width,
-        "attention_heads": heads,
-        "linear_units": units,
-        "num_blocks": blocks,
-        "dropout_rate": dropout,
-        "positional_dropout_rate": dropout,
-        "attention_dropout_rate": dropout,
-        "normalize_before": True,
-        "input_layer": "linear",
-        "pos_enc_layer_type": "rel_pos_espnet",
-        "selfattention_layer_type": "rel_selfattn",
-        "use_cnn_module": False,
-        "macaron_style": False,
-        **more,
-    }
-
-
-def _decoder(name: str, estimator: Spec) -> Spec:
-    cfm_params = {
-        "sigma_min": 1e-6,
-        "solver": "euler",
-        "t_scheduler": "cosine",
-        "training_cfg_rate": 0.2,
-        "inference_cfg_rate": 0.7,
-        "reg_loss_type": "l1",
-    }
-    sizes = {"in_channels": 240, "n_spks": 1, "spk_emb_dim": 80}
-    return {"class": name, **sizes, "cfm_params": cfm_params, "estimator": estimator}
-
-
-def _unet(name: str, channels: list[int], mid: int, heads: int, head_dim: int, n_blocks: int, **more: Any) -> Spec:
-    return {
-        "class": name,
-        "in_channels": 320,
-        "out_channels": 80,
-        "channels": channels,
-        "dropout": 0.0,
-        "attention_head_dim": head_dim,
-        "n_blocks": n_blocks,
-        "num_mid_blocks": mid,
-        "num_heads": heads,
-        "act_fn": "gelu",
-        **more,
-    }
-
-
-def _v1(encoder: dict[str, Any], unet: dict[str, Any]) -> Spec:
-    return _flow(
-        "MaskedDiffWithXvec",
-        input_size=encoder["width"],
-        vocab_size=4096,
-        input_frame_rate=50,
-        encoder=_encoder("ConformerEncoder", **encoder),
-        length_regulator={"class": "InterpolateRegulator", "channels": 80, "sampling_ratios": [1, 1, 1, 1]},
-        decoder=_decoder("ConditionalCFM", _unet("ConditionalDecoder", **unet)),
-    )
-
-
-def _v2(encoder: dict[str, Any], unet: dict[str, Any]) -> Spec:
-    chunks: dict[str, Any] = {"static_chunk_size": 50, "num_decoding_left_chunks": -1}
-    return _flow(
-        "CausalMaskedDiffWithXvec",
-        input_size=encoder["width"],
-        vocab_size=6561,
-        input_frame_rate=25,
-        token_mel_ratio=2,
-        pre_lookahead_len=3,
-        encoder=_encoder("UpsampleConformerEncoder", **encoder, static_chunk_size=25),
-        decoder=_decoder("CausalConditionalCFM", _unet("CausalConditionalDecoder", **unet, **chunks)),
-    )
-
-
-def _v3(lookahead: int, **dit: Any) -> Spec:
-    sizes = {"mel_dim": 80, "mu_dim": 80, "spk_dim": 80, "out_channels": 80}
-    chunks: dict[str, Any] = {"static_chunk_size": 50, "num_decoding_left_chunks": -1}
-    layer = {"class": "PreLookaheadLayer", "in_channels": 80, "channels": lookahead, "pre_lookahead_len": 3}
-    return _flow(
-        "CausalMaskedDiffWithDiT",
-        input_size=80,
-        vocab_size=6561,
-        input_frame_rate=25,
-        token_mel_ratio=2,
-        pre_lookahead_len=3,
-        pre_lookahead_layer=layer,
-        decoder=_decoder("CausalConditionalCFM", {"class": "DiT", **dit, **sizes, **chunks}),
-    )
-
-
-_ENCODER: dict[str, Any] = {"width": 512, "heads": 8, "units": 2048, "blocks": 6, "dropout": 0.1}
-_UNET: dict[str, Any] = {"mid": 12, "heads": 8, "head_dim": 64, "n_blocks": 4}
-# The tiny ones keep the structure and shrink the widths; no dropout, because they are there to learn one utterance.
-_TINY_ENCODER: dict[str, Any] = {"width": 64, "heads": 4, "units": 256, "blocks": 2, "dropout": 0.0}
-_TINY_UNET: dict[str, Any] = {"mid": 2, "heads": 4, "head_dim": 32, "n_blocks": 1}
-
-PRESETS: dict[str, Spec] = {
-    "cosyvoice": _v1(_ENCODER, {"channels": [256, 256], **_UNET}),
-    "cosyvoice2": _v2(_ENCODER, {"channels": [256], **_UNET}),
-    "cosyvoice3": _v3(1024, dim=1024, depth=22, heads=16, dim_head=64, ff_mult=2),
-    "cosyvoice-fromscratch": _v1(
-        {**_ENCODER, "heads": 4, "units": 1024, "blocks": 3}, {"channels": [256, 256], **_UNET, "mid": 8}
-    ),
-    "tiny": _v1(_TINY_ENCODER, {"channels": [64, 64], **_TINY_UNET}),
-    "tiny2": _v2(_TINY_ENCODER, {"channels": [64], **_TINY_UNET}),
-    "tiny3": _v3(128, dim=128, depth=4, heads=4, dim_head=32, ff_mult=2, dropout=0.0),
-}
-
-
-def preset(name: str) -> Spec:
-    """The spec of a preset, a copy to read or to change and :func:`build`.
-
-    Args:
-        name: ``cosyvoice``, ``cosyvoice2``, ``cosyvoice3`` (the published sizes), ``cosyvoice-fromscratch`` (the
-            smaller v1 recipe), or ``tiny``, ``tiny2``, ``tiny3`` (v1, v2, v3 for demonstrations and tests).
-
-    Raises:
-        ValueError: no such preset.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"name must be one of {', '.join(PRESETS)}; got {name!r}")
-    return copy.deepcopy(PRESETS[name])
+# The classes a spec may name.
+MODULES = {module.__name__: module for module in FLOWS + PARTS}
 
 
 def build(spec: Spec, where: str = "flow") -> nn.Module:
@@ -183,7 +58,7 @@ def build(spec: Spec, where: str = "flow") -> nn.Module:
     name = spec.get("class")
     if name not in MODULES:
         raise ValueError(f"{where}: class must be one of {', '.join(MODULES)}; got {name!r}")
-    module = getattr(importlib.import_module("fastflow"), name)
+    module = MODULES[name]
     known = list(inspect.signature(module).parameters)
     arguments = {key: value for key, value in spec.items() if key != "class"}
     for key, value in arguments.items():
@@ -221,29 +96,36 @@ def _import(name: str, purpose: str, install: str) -> ModuleType:
 def read_yaml(path: str | Path) -> Spec:
     """The spec of the ``flow:`` section of a CosyVoice yaml file.
 
-    Only that section is read, and the values that it refers to with ``!ref`` or ``!copy``.  Nothing in the file is ever
-    imported or called, so ``!apply``, ``!name`` and the like elsewhere (seeds, llm, hift) do no harm and need no package.
+    Only that section is read, and the values that it refers to with ``!ref`` or ``!copy``.  Nothing in the file is
+    ever imported or called, so ``!apply``, ``!name`` and the like elsewhere (seeds, llm, hift) need no package.
 
     Args:
         path: a yaml file in HyperPyYAML's notation.  In the section ``!new:cosyvoice.<module>.<class>`` and
             ``!new:fastflow.<class>`` name the classes of :data:`MODULES`; ``!new:omegaconf.DictConfig`` is a dict.
 
     Raises:
-        ValueError: no ``flow:`` section, or a tag in it that is none of these.
+        ValueError: not a yaml file, no flow in it, or a tag in the section that is none of these.
         ImportError: hyperpyyaml is not installed.
     """
     hyperpyyaml = _import("hyperpyyaml", "reading a CosyVoice yaml file", "fastflow[yaml]")
     ruamel = _import("ruamel.yaml", "reading a CosyVoice yaml file", "fastflow[yaml]")
-    tree = ruamel.YAML().load(Path(path).read_text(encoding="utf-8"))
+    try:
+        tree = ruamel.YAML().load(Path(path).read_text(encoding="utf-8"))
+    except (ruamel.error.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a yaml file: {error}") from error
     if not isinstance(tree, dict) or "flow" not in tree:
-        found = ", ".join(tree) if isinstance(tree, dict) else "no sections at all"
+        found = ", ".join(map(str, tree)) if isinstance(tree, dict) else "no sections at all"
         raise ValueError(f"{path} must have a section 'flow:'; it has {found}")
     needed = _reachable("flow", tree)
     document = io.StringIO()
     ruamel.YAML().dump(ruamel.comments.CommentedMap((key, tree[key]) for key in tree if key in needed), document)
     document.seek(0)
     resolved = ruamel.YAML().load(hyperpyyaml.resolve_references(document))
-    return _plain(resolved["flow"], "flow")
+    spec = _plain(resolved["flow"], "flow")
+    flows = [flow.__name__ for flow in FLOWS]
+    if not isinstance(spec, dict) or spec.get("class") not in flows:
+        raise ValueError(f"{path}: the section 'flow:' must be !new:cosyvoice.flow.flow.<{' | '.join(flows)}>")
+    return spec
 
 
 def _tag(node: Any) -> str:
@@ -284,8 +166,8 @@ def _plain(node: Any, where: str) -> Any:
         name = name.rpartition(".")[2]
         if not tag.startswith("!new:") or package not in ("cosyvoice", "fastflow") or name not in MODULES:
             raise ValueError(
-                f"{where}: the tag {tag} is not allowed; a flow section may hold !ref, !copy, !new:omegaconf.DictConfig "
-                f"and !new:cosyvoice... or !new:fastflow... of {', '.join(MODULES)}"
+                f"{where}: the tag {tag} is not allowed; a flow section may hold !ref, !copy, "
+                f"!new:omegaconf.DictConfig and !new:cosyvoice... or !new:fastflow... of {', '.join(MODULES)}"
             )
         if isinstance(node, list):
             raise ValueError(f"{where}: the arguments of {tag} must be given by name")
@@ -322,29 +204,27 @@ def load(model_dir_or_yaml: str | Path, checkpoint: str | Path | None = None) ->
         model_dir_or_yaml: a directory that holds cosyvoice.yaml, cosyvoice2.yaml or cosyvoice3.yaml (the first of them
             counts, as in CosyVoice), or a yaml file (:func:`read_yaml` says what is read of it).
         checkpoint: a state dict in ``.pt`` (read with ``weights_only=True``) or ``.safetensors``; a training
-            checkpoint with its ``epoch`` and ``step`` will do.  None takes ``flow.pt`` beside the yaml.  Where that is missing, a
-            directory is refused and a yaml file gives freshly initialised weights.
+            checkpoint with its ``epoch`` and ``step`` will do.  None takes ``flow.pt`` beside the yaml; where that is
+            missing, a directory is refused and a yaml file gives freshly initialised weights.
 
     Raises:
         FileNotFoundError: no yaml file, or no checkpoint.
         ValueError: the yaml does not describe a flow, or the checkpoint does not fit it: missing, unexpected and
             misshapen keys are named.
     """
-    path = Path(model_dir_or_yaml)
-    is_directory = path.is_dir()
-    if is_directory:
-        directory, found = path, [path / name for name in YAML_NAMES if (path / name).is_file()]
+    given = path = Path(model_dir_or_yaml)
+    if given.is_dir():
+        found = [given / name for name in YAML_NAMES if (given / name).is_file()]
         if not found:
-            raise FileNotFoundError(f"model_dir_or_yaml: {directory} holds none of {', '.join(YAML_NAMES)}")
+            raise FileNotFoundError(f"model_dir_or_yaml: the directory {given} holds none of {', '.join(YAML_NAMES)}")
         path = found[0]
-    elif not path.is_file():
-        raise FileNotFoundError(f"model_dir_or_yaml must be a directory or a yaml file; {path} does not exist")
+    elif not given.is_file():
+        raise FileNotFoundError(f"model_dir_or_yaml must be a directory or a yaml file; {given} does not exist")
     spec = read_yaml(path)
     if checkpoint is None:
-        beside = path.parent / CHECKPOINT_NAME
-        if not beside.is_file() and not is_directory:
+        checkpoint = path.parent / CHECKPOINT_NAME
+        if path == given and not checkpoint.is_file():
             return build(spec).eval()
-        checkpoint = beside
     state = read_checkpoint(checkpoint)
     with _WeightsToCome():
         flow = build(spec)
