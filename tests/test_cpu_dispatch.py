@@ -1,0 +1,106 @@
+"""The CPU kernels are compiled once per instruction set, chosen at run time; every choice gives the same numbers."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastflow import backend
+from fastflow.ops.interpolate import interpolate, interpolate_ref
+from fastflow.testing.tolerances import assert_parity
+
+if backend.extension is None:
+    pytest.skip(f"not run: {backend.extension_error}", allow_module_level=True)
+native = backend.extension
+
+ALL = ("baseline", "avx2", "avx512")
+SUPPORTED = native.cpu_capabilities()
+UNSUPPORTED = [name for name in ALL if name not in SUPPORTED]
+ROWS = torch.tensor([[[31, 70], [9, 3]], [[1, 40], [30, 30]]])
+
+
+@pytest.fixture(autouse=True)
+def _restore():
+    yield
+    native.set_cpu_capability(SUPPORTED[-1])
+
+
+def run_python(code: str, capability: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "FASTFLOW_CPU_CAPABILITY": capability}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def results(function, x: torch.Tensor, segments, channels_first: bool) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = function(x, segments, 80, channels_first=channels_first)
+    generator = torch.Generator().manual_seed(1)
+    out.backward(torch.randn(out.shape, generator=generator).to(out.dtype))
+    return {"out": out.detach(), "grad": x.grad}
+
+
+@pytest.mark.parametrize("dtype", sorted(backend.FLOATS, key=str), ids=str)
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_every_capability_agrees_with_the_reference(capability: str, dtype: torch.dtype):
+    native.set_cpu_capability(capability)
+    assert native.cpu_capability() == capability
+    x = torch.randn(2, 40, 67).to(dtype)
+
+    def on_cpu(*args, **kwargs):
+        return interpolate(*args, **kwargs, backend="cpu")
+
+    for segments, channels_first in itertools.product(([(31, 70), (9, 3)], ROWS), (False, True)):
+        got = results(on_cpu, x, segments, channels_first)
+        want = results(interpolate_ref, x, segments, channels_first)
+        if dtype == torch.float64:
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-13)
+        else:
+            truth = results(interpolate_ref, x.double(), segments, channels_first)
+            assert_parity(got, want, truth, sums=(2, 40))
+
+
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_environment_chooses_the_capability(capability: str):
+    code = "from fastflow import backend; print(backend.extension.cpu_capability())"
+    assert run_python(code, capability).stdout.strip() == capability
+
+
+def test_best_capability_is_the_default():
+    code = "from fastflow import backend; print(backend.extension.cpu_capability())"
+    assert run_python(code, "").stdout.strip() == SUPPORTED[-1]
+
+
+USE = """
+import torch
+from fastflow.ops.interpolate import interpolate
+interpolate(torch.ones(1, 2, 3), [(2, 4)], backend="cpu")
+"""
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", *UNSUPPORTED])
+def test_wrong_environment_is_an_error_that_names_the_choices(name: str):
+    process = run_python(USE, name)
+    assert process.returncode == 1, "an exception, not a signal"
+    assert f"FASTFLOW_CPU_CAPABILITY must be one of {', '.join(SUPPORTED)}" in process.stderr
+    assert repr(name) in process.stderr
+
+
+@pytest.mark.parametrize("name", ["", "auto", *UNSUPPORTED])
+def test_setting_a_wrong_capability_raises_and_changes_nothing(name: str):
+    native.set_cpu_capability("baseline")
+    with pytest.raises(ValueError, match=f"capability must be one of {', '.join(SUPPORTED)} on this CPU; got '{name}'"):
+        native.set_cpu_capability(name)
+    assert native.cpu_capability() == "baseline"
+
+
+def test_baseline_runs_anywhere_and_is_always_there():
+    assert SUPPORTED[0] == "baseline"
+    assert set(SUPPORTED) <= set(ALL)
+
+
+@pytest.mark.skipif(not UNSUPPORTED, reason="not run: this CPU runs every capability")
+def test_unsupported_capability_says_that_the_cpu_is_the_reason():
+    with pytest.raises(ValueError, match="which this CPU cannot run"):
+        native.set_cpu_capability(UNSUPPORTED[0])
