@@ -8,7 +8,9 @@ output frames.  With ``I = s_k`` and ``O = d_k``, output frame j of the segment 
     i0 = min(floor(src), I - 1)      i1 = min(i0 + 1, I - 1)      w = src - i0
     out[j] = (1 - w) * x[i0] + w * x[i1]
 
-computed in float32 (float64 for float64 input).  Output frames past the last segment of a row are zero.
+computed in float32 (float64 for float64 input); ``(j + 0.5) * (I / O) - 0.5`` is rounded once, after an IEEE division
+for the ratio, since PyTorch's kernels use a fused multiply-add there (AVX2, AVX-512 and CUDA).  Output frames past the
+last segment of a row are zero.
 
 The backward pass gathers: the gradient of input frame i sums the weights of the output frames that read i, so it is
 deterministic and needs no atomics.
@@ -103,7 +105,8 @@ class InterpolateFunction(torch.autograd.Function):
 def _source(src_len: Tensor, dst_len: Tensor, j: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Indices i0, i1 and weight w of output frame j, by the formula above."""
     ratio = src_len.to(dtype) / dst_len.to(dtype)
-    src = ((j.to(dtype) + 0.5) * ratio - 0.5).clamp(min=0)
+    # In float64 the product of two float32 is exact, so float32 positions are rounded once.
+    src = ((j.double() + 0.5) * ratio.double() - 0.5).to(dtype).clamp(min=0)
     i0 = src.floor().long().minimum(src_len - 1)
     return i0, (i0 + 1).minimum(src_len - 1), src - i0
 
