@@ -3,6 +3,7 @@
 Used by tests (a promise such as "no host sync in the solver"), by benchmarks and by ``fastflow report``.
 """
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -111,12 +112,10 @@ class Counts(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         formula: Any = flop_registry.get(func._overloadpacket) or _CPU_FLOPS.get(func._overloadpacket)
-        if formula is None:
+        if formula is None and _is_composite(func):
             # Under inference_mode composite operators arrive whole.  _HostCalls must not see the inner call.
             with self, torch._C.DisableTorchFunction():
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+                return func.decompose(*args, **kwargs)
         out = func(*args, **kwargs)
         name = func.name().split(".")[0]
         if not func.is_view and name not in _NO_COMPUTE:
@@ -126,6 +125,13 @@ class Counts(TorchDispatchMode):
         if formula is not None:
             self.flops[self._where()] += formula(*args, **kwargs, out_val=out)
         return out
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Whether the operator is only a name for a sequence of others."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _indexes_with_mask(name: str, args: tuple[Any, ...]) -> bool:
