@@ -26,7 +26,7 @@ OURS = ("cpu", "cuda", "triton")
 PROVIDERS = ("reference", "compile", *OURS, "cosyvoice")
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """This provider cannot run here; the message says why."""
 
 
@@ -41,7 +41,7 @@ def _require_backend(provider: str, device: torch.device) -> None:
     try:
         backend.CAN_RUN[provider]("benchmark", torch.empty(0, device=device), every, raise_error=True)
     except RuntimeError as error:
-        raise Unavailable(str(error).removeprefix("benchmark: ")) from error
+        raise UnavailableError(str(error).removeprefix("benchmark: ")) from error
 
 
 class OpJob:
@@ -88,10 +88,10 @@ class OpJob:
         """The step of a provider.
 
         Raises:
-            Unavailable: with the reason.
+            UnavailableError: with the reason.
         """
         if provider == "cosyvoice":
-            raise Unavailable("upstream has no such op; the reference does what its module does")
+            raise UnavailableError("upstream has no such op; the reference does what its module does")
         if provider in OURS:
             _require_backend(provider, self.cotangent.device)
             function = functools.partial(self.op, backend=provider)
@@ -139,14 +139,18 @@ class FlowJob:
         seed(0)
         self.flow = config.build(spec).to(device).train(train)
         self.modules = [self.flow]
-        self.given = list(self.flow.parameters())
         # CosyVoice 2 and 3 train with full attention or in streaming mode; the first draw of these seeds has one each.
         self.gate_seeds = (0, 1) if train and "token_mel_ratio" in spec else (0,)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """Tensors that exist anyway, so that saving them costs nothing."""
+        return [parameter for module in self.modules for parameter in module.parameters()]
 
     def _module(self, provider: str) -> nn.Module:
         if provider == "cosyvoice":
             if reason := upstream.missing():
-                raise Unavailable(reason)
+                raise UnavailableError(reason)
             theirs = upstream.build(self.spec)
             theirs.load_state_dict(self.flow.state_dict())
             return theirs.to(self.device).train(self.train)
@@ -174,7 +178,7 @@ class FlowJob:
         """The step of a provider.
 
         Raises:
-            Unavailable: with the reason.
+            UnavailableError: with the reason.
         """
         flow = self._module(provider)
         self.modules.append(flow)
@@ -195,7 +199,8 @@ class FlowJob:
         """The reference in float64, from the same weights, inputs and random numbers."""
         flow = copy.deepcopy(self.flow).double().eval()
         inputs = {
-            name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in self.inputs.items()
+            name: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for name, x in self.inputs.items()
         }
 
         def step() -> Results:

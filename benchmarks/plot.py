@@ -1,11 +1,15 @@
-"""One picture of a result file: time, compute ops and saved bytes of every provider, relative to the reference."""
+"""One picture of a result file: time, compute ops and saved bytes of every provider, relative to the reference.
 
+python benchmarks/plot.py FILE.json... draws FILE.png beside each.
+"""
+
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 PANELS = (("time", "ratio"), ("compute ops", "ops"), ("bytes saved for backward", "saved_bytes"))
 COLOURS = {
-    "reference": "0.55",
     "compile": "tab:orange",
     "cpu": "tab:blue",
     "cuda": "tab:green",
@@ -40,7 +44,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         raise ImportError("plots need matplotlib: pip install fastflow[demo]; --no-plot does without") from error
     cases = [case for case in result["cases"] if "ratio" in case["providers"]["reference"]]
     providers = [p for p in COLOURS if any("ratio" in case["providers"].get(p, {}) for case in cases)]
-    height = 1.5 + 0.16 * (len(providers) + 1) * len(cases)
+    height = 1.8 + 0.16 * (len(providers) + 1) * len(cases)
     figure, axes = plt.subplots(1, len(PANELS), figsize=(13, height), sharey=True, constrained_layout=True)
     for panel, (title, key) in zip(axes, PANELS, strict=True):
         for i, case in enumerate(cases):
@@ -54,18 +58,24 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 if high > low:
                     panel.plot([low, high], [y, y], color="black", linewidth=0.8)
                 panel.text(max(value, high), y, f" {value:.2f}", va="center", fontsize=7)
-        panel.axvline(1, color="black", linewidth=0.8)
-        panel.set_xlim(0)
+        panel.axvline(1, color="0.5", linewidth=1.5)
+        panel.set_xlim(0, 1.15 * max(1.0, panel.get_xlim()[1]))
         panel.set_title(f"{title} / reference (less is better)", fontsize=9)
     axes[0].set_yticks(range(len(cases)), [f"{case['name']}\n{case['title']}" for case in cases], fontsize=7)
     axes[0].invert_yaxis()
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[provider]) for provider in providers]
-    axes[-1].legend(handles, providers, fontsize=8, loc="lower right")
+    figure.legend(handles, providers, fontsize=8, loc="outside lower center", ncols=len(providers))
     machine, versions = result["machine"], result["versions"]
     commit = (result["commit"] or "unknown")[:8] + (", modified" if result["dirty"] else "")
     figure.suptitle(
-        f"{machine['name']}, {machine['threads']} threads, torch {versions['torch']}, commit {commit}, {result['date']}",
+        f"{machine['name']}, {machine['threads']} threads, torch {versions['torch']}, commit {commit}, "
+        f"{result['date']}",
         fontsize=9,
     )
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        plot(json.loads(Path(argument).read_text()), Path(argument).with_suffix(".png"))

@@ -34,6 +34,9 @@ class Case:
     heavy: bool = False
     quick: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def _interpolate(sizes: InterpolateCase, dtype: torch.dtype, device: torch.device) -> OpJob:
     x = torch.randn(sizes.batch, sizes.tokens, sizes.channels, generator=torch.Generator().manual_seed(0))

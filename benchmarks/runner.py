@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jobs import Results, Step, Unavailable, seed
+from jobs import Results, Step, UnavailableError, seed
 from registry import Case, Job
 
 from fastflow.testing.counters import Counts, SavedTensors, count_cuda_syncs
@@ -62,7 +62,7 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    if isinstance(error, Unavailable):
+    if isinstance(error, UnavailableError):
         return {"status": "unavailable", "reason": str(error)}
     if isinstance(error, AssertionError):
         return {"status": "wrong", "reason": str(error)}
@@ -174,7 +174,7 @@ def run_case(
         outcome[provider] = {"status": "ok"}
         try:
             steps[provider] = job.step(provider)
-        except Unavailable as error:
+        except UnavailableError as error:
             outcome[provider] = _failure(error)
     progress("checking")
     gate(job, steps, outcome, device)

@@ -76,14 +76,13 @@ class Report:
 
 
 @contextmanager
-def _fake_tensors() -> Iterator[None]:
-    """Tensors have no data inside, so argument checks must not look at values, as in tracing."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
-        try:
-            yield
-        finally:
-            torch.compiler._is_compiling_flag = flag
+def _tracing() -> Iterator[None]:
+    """Fake tensors have no values, so argument checks must not look at them: as in torch.export."""
+    flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = flag
 
 
 def _training_batch(flow: Any, rows: int, frames: int) -> dict[str, Tensor]:
@@ -107,12 +106,14 @@ def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Coun
     """Build the flow without memory and run one training forward: FLOPs and saved bytes by submodule."""
     python_draws = random.getstate()
     random.seed(0)  # the first draw of this seed chooses full attention, not streaming
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with _fake_tensors(), config.WeightsToCome():
+        with fake, config._WeightsToCome():
             flow = config.build(spec)
         batch = _training_batch(flow, rows, frames)
         with (
-            _fake_tensors(),
+            fake,
+            _tracing(),
             current_module(flow) as where,
             SavedTensors(flow.parameters(), where) as saved,
             Counts(where) as counts,
@@ -243,8 +244,8 @@ def show(result: Report) -> None:
     console.print(
         f"An utterance of {frames} frames, prompt included: {total.flops_per_utterance / 1e12:.2f} TFLOP in "
         f"{result.solver_steps} solver steps with guidance.\n"
-        f"A training batch of {result.batch} x {frames} frames in float32: {total.saved_bytes / 2**20:,.0f} MiB saved for "
-        f"backward, backend {result.backend}.",
+        f"A training batch of {result.batch} x {frames} frames in float32: {total.saved_bytes / 2**20:,.0f} MiB saved "
+        f"for backward, backend {result.backend}.",
         highlight=False,
     )
     if result.what_if:
