@@ -66,7 +66,10 @@ def build(spec: Spec, where: str = "flow") -> nn.Module:
             raise ValueError(f"{where}: {name} has no argument {key!r}; it has {', '.join(known)}")
         if isinstance(value, dict) and "class" in value:
             arguments[key] = build(value, f"{where}.{key}")
-    return module(**arguments)
+    try:
+        return module(**arguments)
+    except ValueError as error:
+        raise ValueError(f"{where} ({name}): {error}") from error
 
 
 def from_preset(name: str, **overrides: Any) -> nn.Module:
@@ -185,7 +188,7 @@ def _plain(node: Any, where: str) -> Any:
     return node
 
 
-class _WeightsToCome(TorchFunctionMode):
+class WeightsToCome(TorchFunctionMode):
     """Skips random initialisation, for modules whose weights are about to be replaced.
 
     Building then costs no time and no memory worth the name, and draws nothing from the global generator.
@@ -226,7 +229,7 @@ def load(model_dir_or_yaml: str | Path, checkpoint: str | Path | None = None) ->
         if path == given and not checkpoint.is_file():
             return build(spec).eval()
     state = read_checkpoint(checkpoint)
-    with _WeightsToCome():
+    with WeightsToCome():
         flow = build(spec)
     check_state(flow, state, str(checkpoint))
     flow.load_state_dict(state)
