@@ -1,6 +1,7 @@
 """fastflow: the flow-matching module of CosyVoice 1, 2 and 3 on fused kernels that run forward and backward."""
 
 from fastflow.backend import use_backend
+from fastflow.config import from_preset, load
 from fastflow.dit import DiT
 from fastflow.encoder import ConformerEncoder, PreLookaheadLayer, UpsampleConformerEncoder
 from fastflow.flow import CausalMaskedDiffWithDiT, CausalMaskedDiffWithXvec, MaskedDiffWithXvec
@@ -23,5 +24,7 @@ __all__ = [
     "MaskedDiffWithXvec",
     "PreLookaheadLayer",
     "UpsampleConformerEncoder",
+    "from_preset",
+    "load",
     "use_backend",
 ]

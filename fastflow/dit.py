@@ -64,7 +64,7 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.register_buffer("inv_freq", 10000.0 ** -(torch.arange(0, dim, 2).float() / dim))
+        self.register_buffer("inv_freq", 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim))
 
     def forward(self, frames: int) -> tuple[Tensor, Tensor]:
         """Cosine and sine of every angle, ``[T, dim / 2]`` each."""

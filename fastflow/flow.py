@@ -15,19 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
+from fastflow.length_regulator import mel_frames
 from fastflow.ops.attention import length_mask
 
 N_TIMESTEPS = 10
-PREFIX_SHARE = 0.3  # a condition prefix reveals up to this share of a row
+
+
+def longest_prefix(frames: int) -> int:
+    """The most frames of a row that its condition may reveal."""
+    return int(0.3 * frames)
 
 
 def _condition_prefixes(feat_len: Tensor) -> list[int]:
     """Frames revealed to each row: none with probability 1/2, else uniform in 0..30 % (upstream's draws in order)."""
-    prefixes = []
-    for frames in feat_len.tolist():
-        revealed = 0 if random.random() < 0.5 else random.randint(0, int(PREFIX_SHARE * frames))
-        prefixes.append(revealed)
-    return prefixes
+    return [0 if random.random() < 0.5 else random.randint(0, longest_prefix(frames)) for frames in feat_len.tolist()]
 
 
 class _Flow(nn.Module):
@@ -263,7 +264,7 @@ class MaskedDiffWithXvec(_Flow):
         """
         self._check_inference(token, token_len, prompt_token, prompt_token_len, prompt_feat, embedding)
         prompt_tokens, prompt_frames = prompt_token.shape[1], prompt_feat.shape[1]
-        frames = int(token.shape[1] / self.input_frame_rate * 22050 / 256)
+        frames = mel_frames(token.shape[1], self.input_frame_rate)
         self._check_cache(flow_cache, prompt_frames + frames)
         spks = self._speaker(embedding)
         tokens, tokens_len = torch.cat([prompt_token, token], 1), prompt_token_len + token_len

@@ -10,6 +10,11 @@ from fastflow.ops.interpolate import interpolate
 EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
 
 
+def mel_frames(tokens: int, frame_rate: float) -> int:
+    """Mel frames (22.05 kHz, hop 256) of ``tokens`` at ``frame_rate`` per second; upstream's order of operations."""
+    return int(tokens / frame_rate * 22050 / 256)
+
+
 class InterpolateRegulator(nn.Module):
     """Linear resampling, then for every sampling ratio a convolution, GroupNorm and Mish, then a projection.
 
@@ -51,14 +56,14 @@ class InterpolateRegulator(nn.Module):
             x1: ``[1, P, channels]`` prompt; P may be 0.
             x2: ``[1, N, channels]`` target.
             mel_len1, mel_len2: mel frames of prompt and target.
-            input_frame_rate: tokens per second; 20 tokens become ``int(20 / rate * 22050 / 256)`` frames.
+            input_frame_rate: tokens per second, which decides the frames of 20 tokens.
 
         Returns:
             ``[1, mel_len1 + mel_len2, out_channels]`` and that number of frames.
         """
         segments = [(x1.shape[1], mel_len1)] if x1.shape[1] else []
         if (tokens := x2.shape[1]) > 2 * EDGE_TOKENS:
-            edge = int(EDGE_TOKENS / input_frame_rate * 22050 / 256)
+            edge = mel_frames(EDGE_TOKENS, input_frame_rate)
             middle = tokens - 2 * EDGE_TOKENS, mel_len2 - 2 * edge
             segments += [(EDGE_TOKENS, edge), middle, (EDGE_TOKENS, edge)]
         else:

@@ -1,0 +1,134 @@
+"""The named cases.  A new one is a new entry in :data:`CASES`; names are matched by ``--only`` with * and ?."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jobs import FlowJob, OpJob
+from torch import Tensor
+
+from fastflow import config
+from fastflow.ops.interpolate import interpolate, interpolate_ref
+from fastflow.testing.cases import INTERPOLATE, InterpolateCase
+
+Job = OpJob | FlowJob
+
+
+@dataclass(frozen=True)
+class Case:
+    """A benchmark.
+
+    Attributes:
+        name: for the command line, tables and plots.
+        title: what a user would call it.
+        job: makes the work on a device.
+        heavy: minutes on a CPU, so there it runs only when asked for by name.
+        quick: part of ``--quick``.
+    """
+
+    name: str
+    title: str
+    job: Callable[[torch.device], Job]
+    heavy: bool = False
+    quick: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _interpolate(sizes: InterpolateCase, dtype: torch.dtype, device: torch.device) -> OpJob:
+    x = torch.randn(sizes.batch, sizes.tokens, sizes.channels, generator=torch.Generator().manual_seed(0))
+    options = {"segments": list(sizes.segments), "channels_first": True}
+    return OpJob(interpolate, interpolate_ref, {"x": x.to(device, dtype)}, options, sums=(4,))
+
+
+def _frames(spec: config.Spec, tokens: int) -> int:
+    """Mel frames of so many tokens."""
+    if "token_mel_ratio" in spec:
+        return spec["token_mel_ratio"] * tokens
+    return int(tokens / spec["input_frame_rate"] * 22050 / 256)
+
+
+def _tokens(spec: config.Spec, rows: int, count: int) -> Tensor:
+    return torch.randint(spec["vocab_size"], (rows, count), generator=torch.Generator().manual_seed(count))
+
+
+def _floats(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _training(preset: str, rows: int, frames: int, device: torch.device) -> FlowJob:
+    """A padded batch whose rows are 100 %, 90 %, 80 % ... of ``frames`` long."""
+    spec = config.preset(preset)
+    causal = "token_mel_ratio" in spec
+    width = frames // spec["token_mel_ratio"] if causal else round(frames / 22050 * 256 * spec["input_frame_rate"])
+    token_len = torch.tensor([width * (10 - row % 4) // 10 for row in range(rows)])
+    feat_len = token_len * spec["token_mel_ratio"] if causal else (token_len * frames) // width
+    batch = {
+        "speech_token": _tokens(spec, rows, width),
+        "speech_token_len": token_len,
+        "speech_feat": _floats(rows, frames, 80),
+        "speech_feat_len": feat_len,
+        "embedding": _floats(rows, 192),
+    }
+    return FlowJob(spec, {name: x.to(device) for name, x in batch.items()}, train=True, device=device)
+
+
+def _inference(preset: str, prompt_s: float, target_s: float, device: torch.device) -> FlowJob:
+    spec = config.preset(preset)
+    prompt, target = (int(seconds * spec["input_frame_rate"]) for seconds in (prompt_s, target_s))
+    arguments: dict[str, Any] = {
+        "token": _tokens(spec, 1, target).int(),
+        "token_len": torch.tensor([target], dtype=torch.int32),
+        "prompt_token": _tokens(spec, 1, prompt).int(),
+        "prompt_token_len": torch.tensor([prompt], dtype=torch.int32),
+        "prompt_feat": _floats(1, _frames(spec, prompt), 80),
+        "prompt_feat_len": torch.tensor([_frames(spec, prompt)], dtype=torch.int32),
+        "embedding": _floats(1, 192),
+    }
+    arguments = {name: x.to(device) for name, x in arguments.items()}
+    if "token_mel_ratio" in spec:
+        arguments |= {"streaming": False, "finalize": True}
+    else:
+        arguments["flow_cache"] = torch.zeros(1, 80, 0, 2, device=device)
+    return FlowJob(spec, arguments, train=False, device=device)
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for title, sizes in INTERPOLATE.items():
+        shape = f"{sizes.batch}x{sizes.tokens}-{sizes.frames}x{sizes.channels}"
+        for dtype, suffix in ((torch.float32, ""), (torch.bfloat16, "-bf16")):
+            cases.append(
+                Case(
+                    f"interpolate/{shape}{suffix}",
+                    title,
+                    functools.partial(_interpolate, sizes, dtype),
+                    heavy=dtype == torch.bfloat16,
+                    quick=sizes.batch == 1 and dtype == torch.float32,
+                )
+            )
+    for name, preset in (("tiny-v1", "tiny"), ("tiny-v2", "tiny2"), ("tiny-v3", "tiny3")):
+        train = functools.partial(_training, preset, 2, 60)
+        infer = functools.partial(_inference, preset, 1, 2)
+        quick = name == "tiny-v1"
+        cases.append(Case(f"{name}/train-2x60", "tiny flow, training batch 2 x 60 frames", train, quick=quick))
+        cases.append(Case(f"{name}/infer-1s+2s", "tiny flow, 1 s prompt + 2 s utterance", infer, quick=quick))
+    for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
+        for frames in (200, 500):
+            cases.append(
+                Case(
+                    f"{version}/train-4x{frames}",
+                    f"{preset}, training batch 4 x {frames} frames",
+                    functools.partial(_training, preset, 4, frames),
+                    heavy=True,
+                )
+            )
+        infer = functools.partial(_inference, preset, 5, 10)
+        cases.append(Case(f"{version}/infer-5s+10s", f"{preset}, 5 s prompt + 10 s utterance", infer, heavy=True))
+    return cases
+
+
+CASES = {case.name: case for case in _cases()}

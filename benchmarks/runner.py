@@ -1,0 +1,198 @@
+"""Check, count and time one case, in this order: a provider that is wrong gets no time."""
+
+import math
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jobs import Results, Step, UnavailableError, seed
+from registry import Case, Job
+
+from fastflow.testing.counters import Counts, SavedTensors, count_cuda_syncs
+
+MIN_SAMPLE_S = 0.005  # shorter steps are repeated within one sample
+MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: rounds within the given bounds, as many as fit in ``seconds`` per case."""
+
+    seconds: float
+    min_rounds: int
+    max_rounds: int
+
+
+FULL = Effort(seconds=30, min_rounds=5, max_rounds=51)
+QUICK = Effort(seconds=2, min_rounds=3, max_rounds=11)
+
+
+def _time(step: Step, loops: int, device: torch.device) -> float:
+    """Seconds per step, by CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(loops):
+            step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / loops
+    begin = time.perf_counter()
+    for _ in range(loops):
+        step()
+    return (time.perf_counter() - begin) / loops
+
+
+def matmul_rate(device: torch.device) -> float:
+    """FLOP/s that this machine reaches now in a large float32 matrix product: the best of ten."""
+    size = MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    times = [_time(lambda: {"c": a @ b}, 1, device) for _ in range(11)]
+    return 2 * size**3 / min(times[1:])
+
+
+def summary(samples: Sequence[float]) -> dict[str, float]:
+    """Median and the 20th and 80th percentile."""
+    cuts = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [samples[0]] * 4
+    return {"median": statistics.median(samples), "p20": cuts[0], "p80": cuts[3]}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    if isinstance(error, UnavailableError):
+        return {"status": "unavailable", "reason": str(error)}
+    if isinstance(error, AssertionError):
+        return {"status": "wrong", "reason": str(error)}
+    return {"status": "failed", "reason": "".join(traceback.format_exception_only(error)).strip()}
+
+
+def _synchronised(step: Step, device: torch.device) -> tuple[Results, float]:
+    begin = time.perf_counter()
+    results = step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return results, time.perf_counter() - begin
+
+
+def gate(job: Job, steps: dict[str, Step], outcome: dict[str, dict[str, Any]], device: torch.device) -> None:
+    """Compare every provider with the reference and the reference in float64; the outcome of a failure says why."""
+    truth_step = job.truth()
+    with job.without_dropout():
+        for number in job.gate_seeds:
+            seed(number)
+            truth = truth_step()
+            seed(number)
+            eager = steps["reference"]()
+            for provider, step in steps.items():
+                if outcome[provider]["status"] != "ok":
+                    continue
+                seed(number)
+                try:
+                    got, first_call_s = _synchronised(step, device)
+                    job.check(got, eager, truth)
+                except Exception as error:
+                    outcome[provider] = _failure(error)
+                else:
+                    outcome[provider].setdefault("first_call_s", first_call_s)
+
+
+def count(job: Job, step: Step, compiled: bool, device: torch.device) -> dict[str, int | None]:
+    """Compute ops, host syncs, FLOPs and saved bytes of one step; ops inside compiled code cannot be counted."""
+    seed(0)
+    with SavedTensors(job.given) as saved:
+        step()
+    numbers: dict[str, int | None] = {"saved_bytes": saved.bytes, "ops": None, "syncs": None, "flops": None}
+    if not compiled:
+        seed(0)
+        with Counts() as counts:
+            step()
+        numbers |= {"ops": counts.ops.total(), "syncs": counts.syncs.total(), "flops": counts.flops.total()}
+    if device.type == "cuda":
+        seed(0)
+        numbers["cuda_syncs"] = count_cuda_syncs(step)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        seed(0)
+        step()
+        torch.cuda.synchronize(device)
+        numbers["peak_bytes"] = torch.cuda.max_memory_allocated(device) - before
+    return numbers
+
+
+def alternate(steps: dict[str, Step], device: torch.device, effort: Effort) -> tuple[dict[str, list[float]], int]:
+    """Time the steps in turn, each round with the same random numbers for all and another one first.
+
+    Returns the seconds per step of each round, and the number of steps in one sample.
+    """
+    seed(0)
+    warm = {name: _time(step, 1, device) for name, step in steps.items()}
+    warm = {name: min(warm[name], _time(step, 1, device)) for name, step in steps.items()}
+    loops = max(1, math.ceil(MIN_SAMPLE_S / min(warm.values())))
+    fitting = effort.seconds / (loops * sum(warm.values()))
+    rounds = int(min(max(fitting, effort.min_rounds), effort.max_rounds))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seed(number)
+            samples[name].append(_time(steps[name], loops, device))
+    return samples, loops
+
+
+def run_case(
+    case: Case,
+    providers: Sequence[str],
+    device: torch.device,
+    effort: Effort,
+    rate: float,
+    progress: Callable[[str], None] = lambda phase: None,
+) -> dict[str, Any]:
+    """Measure one case.
+
+    Args:
+        case: from the registry.
+        providers: names; the reference always runs too.
+        device: where.
+        effort: how long to measure.
+        rate: FLOP/s of the machine, as :func:`matmul_rate` gives it.
+        progress: told what is being done.
+
+    Returns:
+        A dict for JSON: name, title and, by provider, a status (ok, unavailable, wrong, failed) with the reason or the
+        numbers: milliseconds, ratio to the reference of the same round, counts, share of ``rate``.
+    """
+    progress("setting up")
+    job = case.job(device)
+    outcome: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {}
+    for provider in dict.fromkeys(("reference", *providers)):
+        outcome[provider] = {"status": "ok"}
+        try:
+            steps[provider] = job.step(provider)
+        except UnavailableError as error:
+            outcome[provider] = _failure(error)
+    progress("checking")
+    gate(job, steps, outcome, device)
+    steps = {name: step for name, step in steps.items() if outcome[name]["status"] == "ok"}
+    for name, step in steps.items():
+        progress(f"counting {name}")
+        outcome[name] |= count(job, step, name == "compile", device)
+    if "reference" in steps:
+        progress("timing")
+        samples, loops = alternate(steps, device, effort)
+        flops = outcome["reference"]["flops"]
+        for name, times in samples.items():
+            ratios = [t / r for t, r in zip(times, samples["reference"], strict=True)]
+            outcome[name] |= {
+                "ms": summary([1e3 * t for t in times]),
+                "ratio": summary(ratios),
+                "matmul_share": flops / statistics.median(times) / rate,
+                "rounds": len(times),
+                "steps_per_sample": loops,
+            }
+    return {"name": case.name, "title": case.title, "device": device.type, "providers": outcome}

@@ -1,0 +1,2 @@
+from pathlib import Path
+SPEECH = Path(__file__).parent / "data" / "speech.flac"

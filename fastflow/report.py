@@ -1,0 +1,279 @@
+"""What a flow costs, part by part: parameters, FLOPs, bytes saved for backward; and what shrinking it would buy.
+
+One training forward pass runs on fake tensors, which have shapes but no data, so even the largest flow takes seconds
+and no memory worth the name.  A row of a training batch passes the same layers as an utterance of as many frames,
+except that the solver calls the estimator ten times with two rows each (guidance); so the FLOPs of inference follow.
+"""
+
+import argparse
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastflow import config
+from fastflow.backend import current_backend
+from fastflow.flow import N_TIMESTEPS
+from fastflow.testing.counters import Counts, SavedTensors, current_module
+
+GUIDED_ROWS = 2  # with and without condition
+MEL_RATE_V1 = 22050 / 256  # frames per second
+ESTIMATOR = "decoder.estimator"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a part of a flow.
+
+    Attributes:
+        name: qualified name of the submodule, list indices left out.
+        parameters: number of parameters.
+        flops_per_step: floating point operations of one solver step of an utterance, guidance included.
+        flops_per_utterance: floating point operations of one utterance, all solver steps included.
+        saved_bytes: bytes that a training step keeps for backward.
+    """
+
+    name: str
+    parameters: int
+    flops_per_step: int
+    flops_per_utterance: int
+    saved_bytes: int
+
+
+@dataclass(frozen=True)
+class Change:
+    """What removing layers saves.  ``saving.name`` says which."""
+
+    option: str
+    before: int
+    after: int
+    saving: Cost
+
+
+@dataclass(frozen=True)
+class Report:
+    """Costs of a flow for a training batch of ``batch`` rows, and an utterance, of ``frames`` mel frames each."""
+
+    flow: str
+    kind: str
+    frames: int
+    batch: int
+    solver_steps: int
+    backend: str
+    torch: str
+    total: Cost
+    parts: list[Cost]
+    what_if: list[Change]
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Fake tensors have no values, so argument checks must not look at them: as in torch.export."""
+    flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = flag
+
+
+def _training_batch(flow: Any, rows: int, frames: int) -> dict[str, Tensor]:
+    """Full rows of ``frames`` mel frames."""
+    if hasattr(flow, "token_mel_ratio"):
+        if frames % flow.token_mel_ratio:
+            raise ValueError(f"frames must be a multiple of {flow.token_mel_ratio} for this flow, got {frames}")
+        tokens = frames // flow.token_mel_ratio
+    else:
+        tokens = max(1, round(frames / MEL_RATE_V1 * flow.input_frame_rate))
+    return {
+        "speech_token": torch.zeros(rows, tokens, dtype=torch.int64),
+        "speech_token_len": torch.full((rows,), tokens),
+        "speech_feat": torch.zeros(rows, frames, flow.output_size),
+        "speech_feat_len": torch.full((rows,), frames),
+        "embedding": torch.zeros(rows, flow.spk_embed_affine_layer.in_features),
+    }
+
+
+def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Counter[str], Counter[str]]:
+    """Build the flow without memory and run one training forward: FLOPs and saved bytes by submodule."""
+    python_draws = random.getstate()
+    random.seed(0)  # the first draw of this seed chooses full attention, not streaming
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with fake, config._WeightsToCome():
+            flow = config.build(spec)
+        batch = _training_batch(flow, rows, frames)
+        with (
+            fake,
+            _tracing(),
+            current_module(flow) as where,
+            SavedTensors(flow.parameters(), where) as saved,
+            Counts(where) as counts,
+        ):
+            flow(batch, "cpu")
+    finally:
+        random.setstate(python_draws)
+    return flow, counts.flops, saved.by_name
+
+
+# Options that remove whole layers: the share that is kept, and which submodules go (k: layers that stay).
+_LAYER_OPTIONS = (
+    ("encoder.num_blocks", 1 / 2, r"encoder\.encoders\.(\d+)\."),
+    (f"{ESTIMATOR}.num_mid_blocks", 2 / 3, r"decoder\.estimator\.mid_blocks\.(\d+)\."),
+    (f"{ESTIMATOR}.n_blocks", 1 / 2, r"decoder\.estimator\.(?:down|mid|up)_blocks\.\d+\.1\.(\d+)\."),
+    (f"{ESTIMATOR}.depth", 1 / 2, r"decoder\.estimator\.transformer_blocks\.(\d+)\."),
+)
+
+
+def _part(name: str) -> str:
+    """The part that a submodule belongs to: a level inside the encoder, two in the decoder, three in a DiT block."""
+    words = [word for word in name.split(".") if not word.isdigit()]
+    depth = {"encoder": 2, "decoder": 4 if "transformer_blocks" in words else 3}.get(words[0], 1)
+    return ".".join(words[:depth]) or "(loss and masks)"
+
+
+def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> Report:
+    """Measure the flow that a spec describes.
+
+    Args:
+        spec: as :func:`fastflow.config.preset` and :func:`fastflow.config.read_yaml` give it.
+        name: what to call it.
+        frames: mel frames of each row of the training batch and of the utterance, its prompt included.
+        batch: rows of the training batch.
+
+    Raises:
+        ValueError: frames or batch below 1, or frames that are no multiple of the frames per token.
+    """
+    for argument, value in (("frames", frames), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{argument} must be >= 1, got {value}")
+    flow, flops, saved = _measure(spec, batch, frames)
+    parameters: Counter[str] = Counter()
+    for key, parameter in flow.named_parameters():
+        parameters[key.rpartition(".")[0]] += parameter.numel()
+
+    def cost(label: str, names: Sequence[str]) -> Cost:
+        step = sum(flops[n] for n in names if n.startswith(ESTIMATOR)) * GUIDED_ROWS // batch
+        once = sum(flops[n] for n in names if not n.startswith(ESTIMATOR)) // batch
+        return Cost(
+            name=label,
+            parameters=sum(parameters[n] for n in names),
+            flops_per_step=step,
+            flops_per_utterance=once + N_TIMESTEPS * step,
+            saved_bytes=sum(saved[n] for n in names),
+        )
+
+    order = {n: (n.startswith("decoder"), i) for i, (n, _) in enumerate(flow.named_modules())}  # data passes it last
+    names = sorted({*parameters, *flops, *saved}, key=order.__getitem__)
+    parts: dict[str, list[str]] = {}
+    for n in names:
+        parts.setdefault(_part(n), []).append(n)
+    changes = []
+    for option, keep, pattern in _LAYER_OPTIONS:
+        index = {n: int(found[1]) for n in names if (found := re.match(pattern, n + "."))}
+        before = max(index.values(), default=-1) + 1
+        after = round(before * keep)
+        if 0 < after < before:
+            saving = cost(f"{option} {before} -> {after}", [n for n, i in index.items() if i >= after])
+            changes.append(Change(option, before, after, saving))
+    return Report(
+        flow=name,
+        kind=type(flow).__name__,
+        frames=frames,
+        batch=batch,
+        solver_steps=N_TIMESTEPS,
+        backend=current_backend(),
+        torch=torch.__version__,
+        total=cost("total", names),
+        parts=[cost(label, group) for label, group in parts.items()],
+        what_if=changes,
+    )
+
+
+def show(result: Report) -> None:
+    """Print the report as tables.
+
+    Raises:
+        ImportError: rich is not installed.
+    """
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise ImportError("the tables need rich: pip install fastflow[demo]; --json does without") from error
+    total, frames = result.total, result.frames
+    trained = frames * result.batch
+
+    def share(value: int, of: int) -> str:
+        return f"{100 * value / of:.1f}%" if of else "-"
+
+    def cells(cost: Cost) -> list[str]:
+        return [
+            cost.name.replace(ESTIMATOR, "estimator"),
+            f"{cost.parameters:,}",
+            share(cost.parameters, total.parameters),
+            f"{cost.flops_per_step / frames / 1e6:,.2f}",
+            f"{cost.flops_per_utterance / frames / 1e6:,.1f}",
+            share(cost.flops_per_utterance, total.flops_per_utterance),
+            f"{cost.saved_bytes / trained / 1024:,.1f}",
+            share(cost.saved_bytes, total.saved_bytes),
+        ]
+
+    def table(title: str, first: str, costs: Iterable[Cost]) -> Table:
+        heads = ["parameters", "", "MFLOP/frame\nper step", "MFLOP/frame\nall steps", "", "saved KiB\nper frame", ""]
+        grid = Table(first, title=title, title_justify="left")
+        for head in heads:
+            grid.add_column(head, justify="right")
+        for cost in costs:
+            grid.add_row(*cells(cost))
+        return grid
+
+    console = Console()
+    parts = table(f"{result.flow} ({result.kind})", "part", result.parts)
+    parts.add_section()
+    parts.add_row(*cells(total))
+    console.print(parts)
+    console.print(
+        f"An utterance of {frames} frames, prompt included: {total.flops_per_utterance / 1e12:.2f} TFLOP in "
+        f"{result.solver_steps} solver steps with guidance.\n"
+        f"A training batch of {result.batch} x {frames} frames in float32: {total.saved_bytes / 2**20:,.0f} MiB saved "
+        f"for backward, backend {result.backend}.",
+        highlight=False,
+    )
+    if result.what_if:
+        console.print()
+        console.print(table("What shrinking would save", "change", [change.saving for change in result.what_if]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``fastflow report``."""
+    parser.add_argument(
+        "flow", nargs="?", default="cosyvoice", metavar="PRESET|YAML", help="preset or CosyVoice yaml (cosyvoice)"
+    )
+    parser.add_argument("--frames", type=int, default=500, help="mel frames of a row and of the utterance (500)")
+    parser.add_argument("--batch", type=int, default=4, help="rows of the training batch (4)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    """``fastflow report``: print the costs of a preset or of the flow in a yaml file.
+
+    Raises:
+        ValueError: neither a preset nor a file, or sizes that do not fit.
+    """
+    is_file = Path(args.flow).is_file()
+    spec = config.read_yaml(args.flow) if is_file else config.preset(args.flow)
+    result = report(spec, Path(args.flow).name if is_file else args.flow, args.frames, args.batch)
+    if args.json:
+        print(json.dumps(asdict(result), indent=2))
+    else:
+        show(result)
+    return 0
