@@ -1,5 +1,6 @@
 """fastflow: the flow-matching module of CosyVoice 1, 2 and 3 on fused kernels that run forward and backward."""
 
+from fastflow.accelerate import accelerate
 from fastflow.backend import use_backend
 from fastflow.config import from_preset, load
 from fastflow.dit import DiT
@@ -24,6 +25,7 @@ __all__ = [
     "MaskedDiffWithXvec",
     "PreLookaheadLayer",
     "UpsampleConformerEncoder",
+    "accelerate",
     "from_preset",
     "load",
     "use_backend",

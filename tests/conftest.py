@@ -37,6 +37,10 @@ def skip_unless_it_runs(backend: str) -> str:
     return backend
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", metavar="DIR", help="folder of recorded upstream cases (default tests/golden)")
+
+
 @pytest.fixture(params=_backend.BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Each of the four backends."""
