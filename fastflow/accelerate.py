@@ -79,7 +79,7 @@ def _take_modes(new: nn.Module, old: nn.Module) -> None:
                 around = around.rpartition(".")[0]
             if module.training != modes[around]:
                 raise ValueError(
-                    f"flow.{name} is in another mode (training, eval) than flow.{around} around it, which cannot be kept"
+                    f"flow.{name} and flow.{around} around it differ in training mode, which cannot be kept"
                 )
 
 

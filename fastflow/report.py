@@ -108,7 +108,7 @@ def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Coun
     random.seed(0)  # the first draw of this seed chooses full attention, not streaming
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with fake, config._WeightsToCome():
+        with fake, config.WeightsToCome():
             flow = config.build(spec)
         batch = _training_batch(flow, rows, frames)
         with (

@@ -525,8 +525,6 @@ def _numpy(x: Any) -> np.ndarray:
 
 
 def _limit(case: Case, noise: float, gradient: bool, stored32: bool) -> float:
-    if not noise <= NOISE_CEILING:
-        return -1.0  # nothing passes against a record that is not a number or mostly noise
     if case.dtype == torch.float64:
         return (2e-7 if stored32 else 1e-8) * (10 if gradient else 1)
     return max(10 * noise, 1e-4) if gradient else max(4 * noise, 1e-5)
@@ -557,7 +555,7 @@ def _compare_array(case: Case, name: str, got: np.ndarray, want: np.ndarray) -> 
     noise = float(case.arrays.get(f"f32err.{name}", 0.0)) / scale
     limit = _limit(case, noise, name.startswith(("gin.", "gmid.", "gsub.")), stored32)
     if case.dtype == torch.float64 and case.kind in ("cfm", "flow.inference"):
-        limit = max(limit, 1e-6) if limit > 0 else limit  # the solver returns float32
+        limit = max(limit, 1e-6)  # the solver returns float32
     return Comparison(name, float(error / scale), limit)
 
 
@@ -574,6 +572,7 @@ def _compare_gradients(case: Case, results: Results) -> Iterator[Comparison]:
             if zero:
                 limit = max(10 * noise / top, 1e-13 if case.dtype == torch.float64 else 1e-7)
             yield Comparison(f"gnorm.{name}:{key}", float(abs(results[f"gnorm.{name}"][i] - want) / scale), limit)
+            yield Comparison(f"gnorm.err32:{key}", noise / scale, NOISE_CEILING)
         if (name := f"gp.{key}") in case.arrays:
             limit = _limit(case, noise / scale, True, True)
             yield Comparison(name, float(np.linalg.norm(results[name] - case.arrays[name]) / scale), limit)
@@ -590,6 +589,10 @@ def compare(case: Case, results: Results) -> list[Comparison]:
         for name, want in case.arrays.items()
         if name.startswith(("out.", "gin.", "gmid.", "gsub.norm", "in.cfg_keep"))
     ]
+    for name in case.arrays:
+        if name.startswith("f32err."):
+            scale = np.abs(case.arrays[name.removeprefix("f32err.")]).max(initial=0.0)
+            comparisons.append(Comparison(name, float(case.arrays[name] / scale) if scale else 0.0, NOISE_CEILING))
     if "gnorm.keys" in case.arrays:
         comparisons += _compare_gradients(case, results)
     return comparisons
