@@ -94,7 +94,7 @@ class OpJob:
             raise UnavailableError("upstream has no such op; the reference does what its module does")
         if provider in OURS:
             _require_backend(provider, self.cotangent.device)
-            function = functools.partial(self.op, backend=provider)
+            function: Callable[..., Tensor] = functools.partial(self.op, backend=provider)
         else:
             function = torch.compile(self.reference) if provider == "compile" else self.reference
         return functools.partial(self._step, function, self.tensors, self.cotangent)
@@ -151,6 +151,9 @@ class FlowJob:
         if provider == "cosyvoice":
             if reason := upstream.missing():
                 raise UnavailableError(reason)
+            encoder = self.spec.get("encoder", {})
+            if encoder.get("class") == "UpsampleConformerEncoder" and encoder["output_size"] != 512:
+                raise UnavailableError("upstream's encoder of CosyVoice 2 exists in width 512 only")
             theirs = upstream.build(self.spec)
             theirs.load_state_dict(self.flow.state_dict())
             return theirs.to(self.device).train(self.train)
@@ -158,14 +161,14 @@ class FlowJob:
             _require_backend(provider, self.device)
         if provider != "compile":
             return self.flow
-        flow = copy.deepcopy(self.flow)
+        flow: Any = copy.deepcopy(self.flow)
         flow.decoder.estimator.compile()
         for name in ("encoder", "length_regulator", "pre_lookahead_layer"):
             if hasattr(flow, name):
                 getattr(flow, name).compile()
         return flow
 
-    def _step(self, flow: nn.Module, provider: str, inputs: Mapping[str, Any]) -> Results:
+    def _step(self, flow: Any, provider: str, inputs: Mapping[str, Any]) -> Results:
         with use_backend(provider if provider in OURS else "reference"):
             if not self.train:
                 return {"mel": flow.inference(**inputs)[0]}

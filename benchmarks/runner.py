@@ -174,7 +174,7 @@ def run_case(
         outcome[provider] = {"status": "ok"}
         try:
             steps[provider] = job.step(provider)
-        except UnavailableError as error:
+        except Exception as error:
             outcome[provider] = _failure(error)
     progress("checking")
     gate(job, steps, outcome, device)

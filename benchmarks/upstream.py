@@ -85,7 +85,7 @@ def build(spec: dict[str, Any]) -> nn.Module:
 
     Building CausalConditionalCFM reseeds every global random generator.
     """
-    arguments = {
+    arguments: dict[str, Any] = {
         key: build(value) if isinstance(value, dict) and "class" in value else value for key, value in spec.items()
     }
     name = arguments.pop("class")

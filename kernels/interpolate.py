@@ -30,8 +30,7 @@ def _tile(frames, channels, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
     program = tl.program_id(0)
     c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     t = program // tiles_c % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = program // (tiles_c * tiles_t)
-    return row.to(tl.int64), t.to(tl.int64), c.to(tl.int64)
+    return (program // (tiles_c * tiles_t)).to(tl.int64), t, c.to(tl.int64)
 
 
 @triton.jit
@@ -41,25 +40,26 @@ def _lengths(rows_ptr, row, per_row, k, src_len, dst_len, src_left):
         pair = rows_ptr + (row * per_row + k) * 2
         src_len = tl.load(pair, mask=k < per_row, other=0)
         dst_len = tl.load(pair + 1, mask=k < per_row, other=0)
-    src_len = tl.minimum(tl.maximum(src_len.to(tl.int64), 0), src_left)
-    return src_len, tl.maximum(dst_len.to(tl.int64), 0)
+    src_len = tl.minimum(tl.maximum(src_len, 0), src_left).to(tl.int32)
+    return src_len, tl.maximum(dst_len, 0)
 
 
 @triton.jit
 def _ratio(src_len, dst_len, wide: tl.constexpr):
     """src_len / dst_len in IEEE division: `/` on float32 is an approximation on a GPU."""
+    dst_len = tl.maximum(dst_len, 1).to(wide)
     if wide == tl.float64:
-        return src_len.to(wide) / dst_len.to(wide)
+        return src_len.to(wide) / dst_len
     else:
-        return tl.div_rn(src_len.to(wide), dst_len.to(wide))
+        return tl.div_rn(src_len.to(wide), dst_len)
 
 
 @triton.jit
-def _source(j, ratio, src_len, wide: tl.constexpr):
-    """Indices i0, i1 and weight w of output frame j of a segment."""
+def _source(j, ratio, last, wide: tl.constexpr):
+    """Indices i0, i1 and weight w of output frame j of a segment whose input frames end with ``last``."""
     src = tl.maximum(tl.fma(j.to(wide) + 0.5, ratio, -0.5), 0.0)
-    i0 = tl.minimum(src.to(tl.int64), src_len - 1)
-    return i0, tl.minimum(i0 + 1, src_len - 1), src - i0.to(wide)
+    i0 = tl.minimum(src.to(tl.int32), last)
+    return i0, tl.minimum(i0 + 1, last), src - i0.to(wide)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -89,36 +89,37 @@ def interpolate_forward_kernel(
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     row, t, c = _tile(frames, channels, BLOCK_T, BLOCK_C)
 
-    # the segment of each output frame: its first input frame, its lengths, and the frame's place in it
+    # the segment of each output frame: its first input frame, its last one counted from there, its ratio
     shared = ((s0, d0), (s1, d1), (s2, d2), (s3, d3))
-    src_start = tl.zeros((), tl.int64)
-    dst_start = tl.zeros((), tl.int64)
-    first = tl.zeros([BLOCK_T], tl.int64)
-    src_len = tl.zeros([BLOCK_T], tl.int64)
-    dst_len = tl.full([BLOCK_T], 1, tl.int64)
-    j = tl.zeros([BLOCK_T], tl.int64)
+    src_start = tl.zeros((), tl.int32)
+    dst_start = tl.zeros((), tl.int32)
+    first = tl.zeros([BLOCK_T], tl.int32)
+    last = tl.full([BLOCK_T], -1, tl.int32)
+    ratio = tl.zeros([BLOCK_T], wide)
+    j = tl.zeros([BLOCK_T], tl.int32)
     for k in tl.static_range(4):
-        s, d = _lengths(rows_ptr, row, per_row, k, shared[k][0], shared[k][1], in_frames - src_start)
-        inside = (t >= dst_start) & (t < dst_start + d)
+        src_len, dst_len = _lengths(rows_ptr, row, per_row, k, shared[k][0], shared[k][1], in_frames - src_start)
+        dst_stop = dst_start + tl.minimum(dst_len, frames - dst_start).to(tl.int32)
+        inside = (t >= dst_start) & (t < dst_stop)
         first = tl.where(inside, src_start, first)
-        src_len = tl.where(inside, s, src_len)
-        dst_len = tl.where(inside, d, dst_len)
+        last = tl.where(inside, src_len - 1, last)
+        ratio = tl.where(inside, _ratio(src_len, dst_len, wide), ratio)
         j = tl.where(inside, t - dst_start, j)
-        src_start += s
-        dst_start += d
+        src_start += src_len
+        dst_start = dst_stop
 
-    i0, i1, w = _source(j, _ratio(src_len, dst_len, wide), src_len, wide)
+    i0, i1, w = _source(j, ratio, last, wide)
     w = w[:, None]
     x_row = x_ptr + row * stride_xb + c[None, :] * stride_xc
-    filled = (src_len > 0)[:, None] & (c < channels)[None, :]
-    left = tl.load(x_row + (first + i0)[:, None] * stride_xt, mask=filled, other=0.0).to(wide)
-    right = tl.load(x_row + (first + i1)[:, None] * stride_xt, mask=filled, other=0.0).to(wide)
+    filled = (last >= 0)[:, None] & (c < channels)[None, :]
+    left = tl.load(x_row + (first + i0).to(tl.int64)[:, None] * stride_xt, mask=filled, other=0.0).to(wide)
+    right = tl.load(x_row + (first + i1).to(tl.int64)[:, None] * stride_xt, mask=filled, other=0.0).to(wide)
     out = tl.fma(1.0 - w, left, w * right)
 
     if CHANNELS_FIRST:
         offset = c[None, :] * frames + t[:, None]
     else:
-        offset = t[:, None] * channels + c[None, :]
+        offset = t.to(tl.int64)[:, None] * channels + c[None, :]
     written = (t < frames)[:, None] & (c < channels)[None, :]
     tl.store(out_ptr + row * frames * channels + offset, out.to(out_ptr.dtype.element_ty), mask=written)
 
@@ -150,46 +151,49 @@ def interpolate_backward_kernel(
     wide: tl.constexpr = tl.float64 if grad_ptr.dtype.element_ty == tl.float64 else tl.float32
     row, t, c = _tile(in_frames, channels, BLOCK_T, BLOCK_C)
 
-    # the segment of each input frame: its first output frame, its lengths, and the frame's place in it
-    shared = ((s0, d0), (s1, d1), (s2, d2), (s3, d3))
-    src_start = tl.zeros((), tl.int64)
-    dst_start = tl.zeros((), tl.int64)
-    first = tl.zeros([BLOCK_T], tl.int64)
-    src_len = tl.full([BLOCK_T], 1, tl.int64)
-    dst_len = tl.zeros([BLOCK_T], tl.int64)
-    i = tl.zeros([BLOCK_T], tl.int64)
-    for k in tl.static_range(4):
-        s, d = _lengths(rows_ptr, row, per_row, k, shared[k][0], shared[k][1], in_frames - src_start)
-        inside = (t >= src_start) & (t < src_start + s)
-        first = tl.where(inside, dst_start, first)
-        src_len = tl.where(inside, s, src_len)
-        dst_len = tl.where(inside, d, dst_len)
-        i = tl.where(inside, t - src_start, i)
-        src_start += s
-        dst_start += d
-
+    # The segment of each input frame i: its first output frame, and the output frames [begin, end) that may read i.
     # Output frame j reads input frames floor(src) and floor(src) + 1, so i is read where i - 1 <= src < i + 1.  Solved
     # for j this bounds the search; the slack covers the rounding, and the exact weights below decide.
-    slack = 0.0625 + dst_len.to(tl.float32) * 2.0**-20
-    inverse = dst_len.to(tl.float32) / src_len.to(tl.float32)
-    begin = tl.maximum((i.to(tl.float32) - 0.5) * inverse - 0.5 - slack, 0.0).to(tl.int64)
-    end = ((i.to(tl.float32) + 1.5) * inverse + 0.5 + slack).to(tl.int64)
-    end = tl.minimum(end, tl.minimum(dst_len, frames - first))
+    shared = ((s0, d0), (s1, d1), (s2, d2), (s3, d3))
+    src_start = tl.zeros((), tl.int32)
+    dst_start = tl.zeros((), tl.int32)
+    first = tl.zeros([BLOCK_T], tl.int32)
+    last = tl.zeros([BLOCK_T], tl.int32)
+    ratio = tl.zeros([BLOCK_T], wide)
+    i = tl.zeros([BLOCK_T], tl.int32)
+    begin = tl.zeros([BLOCK_T], tl.int32)
+    end = tl.zeros([BLOCK_T], tl.int32)
+    for k in tl.static_range(4):
+        src_len, dst_len = _lengths(rows_ptr, row, per_row, k, shared[k][0], shared[k][1], in_frames - src_start)
+        dst_cut = tl.minimum(dst_len, frames - dst_start).to(tl.int32)
+        inside = (t >= src_start) & (t < src_start + src_len)
+        first = tl.where(inside, dst_start, first)
+        last = tl.where(inside, src_len - 1, last)
+        ratio = tl.where(inside, _ratio(src_len, dst_len, wide), ratio)
+        i = tl.where(inside, t - src_start, i)
+        stretch = dst_len.to(tl.float32) / tl.maximum(src_len, 1).to(tl.float32)
+        slack = 0.0625 + dst_len.to(tl.float32) * 2.0**-20
+        low = (i.to(tl.float32) - 0.5) * stretch - 0.5 - slack
+        high = (i.to(tl.float32) + 1.5) * stretch + 0.5 + slack
+        begin = tl.where(inside, tl.clamp(low, 0.0, 2.0**30).to(tl.int32), begin)
+        end = tl.where(inside, tl.minimum(tl.minimum(high, 2.0**30).to(tl.int32), dst_cut), end)
+        src_start += src_len
+        dst_start += dst_cut
 
     # frames lie along dimension T_DIM of the tile, so that neighbouring threads read neighbouring elements
-    ratio = _ratio(src_len, tl.maximum(dst_len, 1), wide)
     c = tl.expand_dims(c, T_DIM)
-    t = tl.expand_dims(t, 1 - T_DIM)
     g_row = grad_ptr + row * stride_gb + c * stride_gc
     total = tl.zeros([BLOCK_C, BLOCK_T] if T_DIM else [BLOCK_T, BLOCK_C], wide)
-    for n in range(tl.max(end - begin, axis=0).to(tl.int32)):
+    for n in range(tl.max(end - begin, axis=0)):
         j = begin + n
-        i0, i1, w = _source(j, ratio, src_len, wide)
+        i0, i1, w = _source(j, ratio, last, wide)
         weight = tl.where(i0 == i, 1.0 - w, 0.0) + tl.where(i1 == i, w, 0.0)
         read = tl.expand_dims((j < end) & (weight != 0.0), 1 - T_DIM) & (c < channels)
-        g = tl.load(g_row + tl.expand_dims(first + j, 1 - T_DIM) * stride_gt, mask=read, other=0.0).to(wide)
+        at = tl.expand_dims((first + j).to(tl.int64), 1 - T_DIM) * stride_gt
+        g = tl.load(g_row + at, mask=read, other=0.0).to(wide)
         total = tl.fma(tl.expand_dims(weight, 1 - T_DIM), g, total)
 
+    t = tl.expand_dims(t.to(tl.int64), 1 - T_DIM)
     offset = row * in_frames * channels + t * channels + c
     tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=(t < in_frames) & (c < channels))
 

@@ -1,0 +1,139 @@
+"""Compile every Triton kernel ahead of time for each GPU architecture, on a machine that needs no GPU.
+
+``python -m fastflow.testing.aot 90`` compiles for sm_90 and prints one JSON line per kernel and specialisation:
+registers and stack bytes per thread (from the cubin, by Triton's own cuobjdump) and bytes of shared memory.
+
+The launchers themselves are called, on meta tensors, and what they would launch is compiled with the specialisation
+that Triton would choose at run time, so that the table below cannot drift from the kernels.  This needs a process
+without TRITON_INTERPRET.  Compiled kernels stay in Triton's cache (TRITON_CACHE_DIR).
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from fastflow.backend import FLOATS
+
+KIB = 1024
+SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}  # most that a block can have, by architecture
+
+
+class Ceiling(NamedTuple):
+    """What a kernel may use, in every dtype and on every architecture."""
+
+    registers: int
+    shared: int
+
+
+CEILINGS = {
+    "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
+    "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
+}
+
+
+class Use(NamedTuple):
+    """What one specialisation of a kernel uses."""
+
+    kernel: str
+    case: str
+    registers: int
+    stack: int
+    shared: int
+    explicit_fusion: bool  # whether the launcher says if the compiler may fuse multiply-adds
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_interpolate() -> Iterator[str]:
+    """Launch the kernels of interpolate once for each case, and yield its name."""
+    from fastflow.kernels.interpolate import interpolate_backward, interpolate_forward
+
+    rows = _empty(8, 4, 2, dtype=torch.int64)
+    for dtype in sorted(FLOATS, key=str):
+        for table, channels_first in ((None, False), (rows, True), (rows, False), (None, True)):
+            if dtype != torch.float32 and (table is None) == channels_first:
+                continue
+            segments = table, [500, 860] if table is None else []
+            grad_shape = (8, 80, 860) if channels_first else (8, 860, 80)
+            interpolate_forward(_empty(8, 500, 80, dtype=dtype), *segments, 860, channels_first)
+            interpolate_backward(_empty(*grad_shape, dtype=dtype), *segments, 500, channels_first)
+            yield f"{dtype} {'shared' if table is None else 'rows'} {'BCT' if channels_first else 'BTC'}"
+    interpolate_forward(_empty(3, 15, 17, 2)[..., 0], None, [15, 29], 29, False)
+    interpolate_backward(_empty(3, 29, 17, 2)[..., 0], None, [15, 29], 15, False)
+    yield "odd sizes and strides"
+
+
+LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {"interpolate": launch_interpolate}  # by file in kernels/
+
+
+def _record() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
+    """(case, kernel, arguments, options) of everything that the launchers launch."""
+    from triton.runtime.jit import JITFunction
+
+    launched: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: launched.append((self, args, options))
+    records = []
+    try:
+        for launch in LAUNCHES.values():
+            for case in launch():
+                records += [(case, *entry) for entry in launched]
+                launched.clear()
+    finally:
+        JITFunction.run = original
+    return records
+
+
+def _compile(kernel: Any, args: tuple[Any, ...], options: dict[str, Any], architecture: int) -> Any:
+    """What JITFunction.run does to compile, for a GPU that need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target = GPUTarget("cuda", architecture, 32)
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(*args, **options)
+    parsed, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=parsed.__dict__)
+
+
+def _registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    import triton
+
+    cuobjdump = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump shows no resource usage: {usage}")
+    return int(found[1]), int(found[2])
+
+
+def measure(architecture: int) -> Iterator[Use]:
+    """Compile every kernel for sm_``architecture`` and say what it uses; a kernel that does not compile raises."""
+    for case, kernel, args, options in _record():
+        compiled = _compile(kernel, args, dict(options), architecture)
+        registers, stack = _registers_and_stack(compiled.asm["cubin"])
+        explicit = "enable_fp_fusion" in options
+        yield Use(kernel.__name__, case, registers, stack, compiled.metadata.shared, explicit)
+
+
+if __name__ == "__main__":
+    for use in measure(int(sys.argv[1])):
+        print(json.dumps(use._asdict()), flush=True)
