@@ -26,6 +26,7 @@ class Case:
         job: makes the work on a device.
         heavy: minutes on a CPU, so there it runs only when asked for by name.
         quick: part of ``--quick``.
+        flow: whether it runs a whole flow.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     job: Callable[[torch.device], Job]
     heavy: bool = False
     quick: bool = False
+    flow: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -114,8 +116,9 @@ def _cases() -> list[Case]:
         train = functools.partial(_training, preset, 2, 60)
         infer = functools.partial(_inference, preset, 1, 2)
         quick = name == "tiny-v1"
-        cases.append(Case(f"{name}/train-2x60", "tiny flow, training batch 2 x 60 frames", train, quick=quick))
-        cases.append(Case(f"{name}/infer-1s+2s", "tiny flow, 1 s prompt + 2 s utterance", infer, quick=quick))
+        train_title, infer_title = "tiny flow, training batch 2 x 60 frames", "tiny flow, 1 s prompt + 2 s utterance"
+        cases.append(Case(f"{name}/train-2x60", train_title, train, quick=quick, flow=True))
+        cases.append(Case(f"{name}/infer-1s+2s", infer_title, infer, quick=quick, flow=True))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
         for frames in (200, 500):
             cases.append(
@@ -124,10 +127,12 @@ def _cases() -> list[Case]:
                     f"{preset}, training batch 4 x {frames} frames",
                     functools.partial(_training, preset, 4, frames),
                     heavy=True,
+                    flow=True,
                 )
             )
         infer = functools.partial(_inference, preset, 5, 10)
-        cases.append(Case(f"{version}/infer-5s+10s", f"{preset}, 5 s prompt + 10 s utterance", infer, heavy=True))
+        title = f"{preset}, 5 s prompt + 10 s utterance"
+        cases.append(Case(f"{version}/infer-5s+10s", title, infer, heavy=True, flow=True))
     return cases
 
 

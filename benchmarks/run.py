@@ -20,10 +20,7 @@ from plot import plot
 from registry import CASES, Case
 from runner import FULL, QUICK, matmul_rate, run_case
 
-DEFAULT_PROVIDERS = {
-    "cpu": ("reference", "compile", "cpu", "cosyvoice"),
-    "cuda": ("reference", "compile", "cuda", "triton", "cosyvoice"),
-}
+DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("cuda", "triton", "cosyvoice")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -42,6 +39,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.threads is not None and args.threads < 1:
         parser.error(f"--threads must be >= 1, got {args.threads}")
     return args
+
+
+def default_providers(case: Case, quick: bool, device: str) -> list[str]:
+    """All that can run on the device; but compiling a flow for a CPU takes minutes, so that must be asked for."""
+    compiles = not quick and (device == "cuda" or not case.flow)
+    return ["reference", *(["compile"] if compiles else []), *DEVICE_PROVIDERS[device]]
 
 
 def choose(only: str | None, quick: bool, device: str) -> list[Case]:
@@ -124,7 +127,6 @@ def write(result: dict[str, Any], path: Path) -> None:
 def measure(args: argparse.Namespace, cases: list[Case], result: dict[str, Any]) -> None:
     """Run the cases into ``result``, which is written after each, so that an interrupted run keeps what it has."""
     device = torch.device(args.device)
-    default = [name for name in DEFAULT_PROVIDERS[args.device] if not (args.quick and name == "compile")]
     start = time.monotonic()
     progress = Progress(len(cases))
     for case in cases:
@@ -136,7 +138,8 @@ def measure(args: argparse.Namespace, cases: list[Case], result: dict[str, Any])
             progress.tell(f"{name}: {phase}")
 
         effort = QUICK if args.quick else FULL
-        measured = run_case(case, args.providers or default, device, effort, result["matmul_gflops"] * 1e9, tell)
+        providers = args.providers or default_providers(case, args.quick, args.device)
+        measured = run_case(case, providers, device, effort, result["matmul_gflops"] * 1e9, tell)
         result["cases"].append(measured)
         progress.case_done()
         show(measured)

@@ -187,6 +187,14 @@ def test_cases_are_found_by_name():
     assert run.main(["--only", "no/such/case"]) == 2
 
 
+def test_the_providers_of_a_case_fit_the_device():
+    op, flow = registry.CASES["interpolate/8x500-860x80"], registry.CASES["v2/train-4x200"]
+    assert run.default_providers(op, False, "cpu") == ["reference", "compile", "cpu", "cosyvoice"]
+    assert run.default_providers(flow, False, "cpu") == ["reference", "cpu", "cosyvoice"]
+    assert run.default_providers(flow, False, "cuda") == ["reference", "compile", "cuda", "triton", "cosyvoice"]
+    assert run.default_providers(flow, True, "cuda") == ["reference", "cuda", "triton", "cosyvoice"]
+
+
 def test_the_published_workloads_are_registered():
     for version in ("v1", "v2", "v3"):
         assert {f"{version}/train-4x200", f"{version}/train-4x500", f"{version}/infer-5s+10s"} <= set(registry.CASES)
