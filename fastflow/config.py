@@ -5,12 +5,13 @@ All of them speak one language, the *spec*: a nested dict of plain Python values
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -250,12 +251,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} does not exist")
     if path.suffix == ".safetensors":
-        state = _import("safetensors.torch", "reading a .safetensors checkpoint", "safetensors").load_file(path)
+        read: Callable[[Path], Any] = _import("safetensors.torch", "a .safetensors checkpoint", "safetensors").load_file
+        unreadable: tuple[type[Exception], ...] = (importlib.import_module("safetensors").SafetensorError,)
     else:
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"checkpoint: {path} must hold a state dict and nothing else: {error}") from error
+        read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+        unreadable = (pickle.UnpicklingError, RuntimeError, EOFError)
+    try:
+        state = read(path)
+    except unreadable as error:
+        raise ValueError(f"checkpoint: {path} must hold a state dict and nothing else: {error}") from error
     if not isinstance(state, Mapping):
         raise ValueError(f"checkpoint: {path} must hold a state dict; it holds {type(state).__name__}")
     state = {key: value for key, value in state.items() if key not in ("epoch", "step")}
