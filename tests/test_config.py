@@ -94,13 +94,13 @@ def test_tiny_presets_learn_one_utterance(name: str) -> None:
     }
     optimizer = torch.optim.Adam(flow.parameters(), 1e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(30):
         optimizer.zero_grad()
         loss = flow(batch, "cpu")["loss"]
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.75 * sum(losses[:5]) / 5
+    assert sum(losses[-10:]) / 10 < 0.85 * sum(losses[:5]) / 5
 
 
 # ------------------------------------------------------------------------------------------------ yaml

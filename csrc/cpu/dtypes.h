@@ -20,16 +20,20 @@ inline double widen(double x) { return x; }
 
 inline float widen(BFloat16 x) { return __builtin_bit_cast(float, static_cast<uint32_t>(x.bits) << 16); }
 
+// A choice without a branch, which the compiler could not vectorise where one side is floating-point arithmetic.
+inline uint32_t select(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+
 inline float widen(Half x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
-  const uint32_t magnitude = x.bits & 0x7fff;
-  const uint32_t normal = (magnitude << 13) + (112u << 23);  // exponent bias 15 -> 127
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;  // infinity, NaN
-  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
-  const uint32_t bits = magnitude < 0x0400   ? __builtin_bit_cast(uint32_t, subnormal)
-                        : magnitude < 0x7c00 ? normal
-                                             : special;
-  return __builtin_bit_cast(float, bits | sign);
+  const int32_t magnitude = x.bits & 0x7fff;
+  const uint32_t normal = static_cast<uint32_t>((magnitude << 13) + (112 << 23));  // exponent bias 15 -> 127
+  const uint32_t special = static_cast<uint32_t>(magnitude << 13) | 0x7f800000;    // infinity, NaN
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, static_cast<float>(magnitude) * 0x1p-24f);
+  const uint32_t finite = select(magnitude < 0x0400, subnormal, normal);
+  return __builtin_bit_cast(float, select(magnitude < 0x7c00, finite, special) | sign);
 }
 
 inline void narrow(float x, float& out) { out = x; }
@@ -46,14 +50,14 @@ inline void narrow(float x, BFloat16& out) {
 inline void narrow(float x, Half& out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t sign = (bits >> 16) & 0x8000;
-  const uint32_t magnitude = bits & 0x7fffffff;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffff);
+  const uint32_t normal = static_cast<uint32_t>(magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // The spacing of floats in [0.5, 1) is that of subnormal halves, so this addition does the rounding.
   const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
-  const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000u;
-  const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  out.bits = static_cast<uint16_t>((magnitude < 0x477ff000u ? finite : special) | sign);
+  const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000;
+  const uint32_t finite = select(magnitude < 0x38800000, subnormal, normal);
+  const uint32_t special = select(magnitude > 0x7f800000, 0x7e00, 0x7c00);
+  out.bits = static_cast<uint16_t>(select(magnitude < 0x477ff000, finite, special) | sign);
 }
 
 // Call visit with a value of the C++ type of `dtype`.

@@ -8,7 +8,8 @@ namespace fastflow::cpu::FASTFLOW_CAPABILITY {
 namespace {
 
 constexpr int64_t kFrames = kInterpolateTile;
-constexpr int64_t kChannels = 64;  // with kFrames, a float tile of 16 KiB stays in the L1 cache
+constexpr int64_t kChannels = 64;
+constexpr int64_t kElements = kFrames * kChannels;  // of float 16 KiB, which stay in the L1 cache
 
 template <typename T>
 struct WideOf {
@@ -50,6 +51,14 @@ struct Plane {
   T* at(int64_t frame, int64_t channel) const { return data + frame * frame_stride + channel * channel_stride; }
 };
 
+// Ask early for the cache lines of a short row: the processor sees no pattern in the rows of a tile.  Any address will
+// do, so what comes after the last tile needs no special care.
+template <int kForWriting, typename T>
+void prefetch(const T* row, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(row + i, kForWriting);
+}
+
 template <typename T>
 Plane<T> plane_of(T* data, const Frames& side, int64_t b) {
   return {data + b * side.batch_stride, side.frame_stride, side.channel_stride};
@@ -72,35 +81,65 @@ void fill_zero(T* out, int64_t count) {
   for (int64_t c = 0; c < count; ++c) out[c] = T{};
 }
 
-// Copy a tile between row-major [frame, kChannels] and memory with other strides.
+// to[column][row] = from[row][column].  Rows and columns are rounded up to four: the compiler makes such a block a
+// transposition in registers.
+template <typename Real>
+void transpose(const Real* __restrict from, int64_t from_width, int64_t rows, int64_t columns, Real* __restrict to,
+               int64_t to_width) {
+  for (int64_t column = 0; column < columns; column += 4)
+    for (int64_t row = 0; row < rows; row += 4) {
+      Real block[16];
+      for (int64_t r = 0; r < 4; ++r)
+        for (int64_t c = 0; c < 4; ++c) block[c * 4 + r] = from[(row + r) * from_width + column + c];
+      for (int64_t c = 0; c < 4; ++c)
+        for (int64_t r = 0; r < 4; ++r) to[(column + c) * to_width + row + r] = block[c * 4 + r];
+    }
+}
+
+// A tile is [frame, channel] in rows of `width`, a multiple of four, with kElements elements in all.  Where memory is
+// not contiguous along channels, four of them at a time pass through a strip of rows along frames.
 
 template <typename T>
-void store_tile(const Wide<T>* tile, int64_t frames, int64_t channels, Plane<T> to) {
+void store_tile(const Wide<T>* tile, int64_t width, int64_t frames, int64_t channels, Plane<T> to) {
   if (to.channel_stride == 1) {
     for (int64_t j = 0; j < frames; ++j) {
       T* out = to.at(j, 0);
-      for (int64_t c = 0; c < channels; ++c) narrow(tile[j * kChannels + c], out[c]);
+      for (int64_t c = 0; c < channels; ++c) narrow(tile[j * width + c], out[c]);
     }
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      T* out = to.at(0, c);
-      for (int64_t j = 0; j < frames; ++j) narrow(tile[j * kChannels + c], out[j * to.frame_stride]);
+    return;
+  }
+  Wide<T> strip[4 * kFrames];
+  for (int64_t c = 0; c < channels; ++c) {
+    if (c % 4 == 0) transpose(tile + c, width, frames, 4, strip, kFrames);
+    const Wide<T>* in = strip + c % 4 * kFrames;
+    T* out = to.at(0, c);
+    if (to.frame_stride == 1) {
+      for (int64_t j = 0; j < frames; ++j) narrow(in[j], out[j]);
+    } else {
+      for (int64_t j = 0; j < frames; ++j) narrow(in[j], out[j * to.frame_stride]);
     }
   }
 }
 
 template <typename T>
-void load_tile(Plane<const T> from, int64_t frames, int64_t channels, Wide<T>* tile) {
+void load_tile(Plane<const T> from, int64_t frames, int64_t channels, Wide<T>* tile, int64_t width) {
   if (from.channel_stride == 1) {
     for (int64_t j = 0; j < frames; ++j) {
       const T* in = from.at(j, 0);
-      for (int64_t c = 0; c < channels; ++c) tile[j * kChannels + c] = widen(in[c]);
+      for (int64_t c = 0; c < channels; ++c) tile[j * width + c] = widen(in[c]);
     }
-  } else {
-    for (int64_t c = 0; c < channels; ++c) {
-      const T* in = from.at(0, c);
-      for (int64_t j = 0; j < frames; ++j) tile[j * kChannels + c] = widen(in[j * from.frame_stride]);
+    return;
+  }
+  Wide<T> strip[4 * kFrames] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* in = from.at(0, c);
+    Wide<T>* out = strip + c % 4 * kFrames;
+    if (from.frame_stride == 1) {
+      for (int64_t j = 0; j < frames; ++j) out[j] = widen(in[j]);
+    } else {
+      for (int64_t j = 0; j < frames; ++j) out[j] = widen(in[j * from.frame_stride]);
     }
+    if (c % 4 == 3 || c + 1 == channels) transpose(strip, kFrames, 4, frames, tile + c / 4 * 4, width);
   }
 }
 
@@ -139,63 +178,88 @@ void forward_tile(const InterpolateArgs& args, int64_t b, int64_t begin, int64_t
     for (int64_t j = begin; j < end; ++j) blend_frame(j, 0, args.channels, out.at(j, 0));
     return;
   }
-  Wide<T> tile[kFrames * kChannels];
+  Wide<T> tile[kElements] = {};
   for (int64_t c = 0; c < args.channels; c += kChannels) {
     const int64_t channels = min_of(kChannels, args.channels - c);
-    for (int64_t j = begin; j < end; ++j) blend_frame(j, c, channels, tile + (j - begin) * kChannels);
-    store_tile<T>(tile, end - begin, channels, {out.at(begin, c), out.frame_stride, out.channel_stride});
+    for (int64_t j = begin; j < end; ++j) {
+      if (j - begin < channels) prefetch<1>(out.at(begin, c + j - begin), end - begin);
+      prefetch<0>(in.at(taps[j - begin].first, c + kChannels), kChannels);
+      blend_frame(j, c, channels, tile + (j - begin) * kChannels);
+    }
+    store_tile<T>(tile, kChannels, end - begin, channels, {out.at(begin, c), out.frame_stride, out.channel_stride});
   }
 }
 
-// Add what output frames [begin, end) of one segment give to input frames [first, last), whose sums are rows of `sums`.
-template <typename T>
-void gather(const Segment<Wide<T>>& segment, Plane<const T> grad, int64_t begin, int64_t end, int64_t first,
-            int64_t last, int64_t channels, Wide<T>* sums) {
-  using Real = Wide<T>;
-  Real tile[kFrames * kChannels];
-  const auto add = [&](int64_t i, Real weight, const Real* __restrict row) {
-    if (i < first || i >= last) return;
-    Real* __restrict sum = sums + (i - first) * kChannels;
+// The gradient of input frames [begin, end) while it is summed: rows of `width`.
+template <typename Real>
+struct Sums {
+  Real* data;
+  int64_t width, begin, end, channels;
+
+  void add(int64_t i, Real weight, const Real* __restrict row) const {
+    if (i < begin || i >= end) return;
+    Real* __restrict sum = data + (i - begin) * width;
     for (int64_t c = 0; c < channels; ++c) sum[c] = add_weighted(sum[c], weight, row[c]);
-  };
-  for (int64_t chunk = begin; chunk < end; chunk += kFrames) {
-    const int64_t stop = min_of(chunk + kFrames, end);
-    load_tile<T>({grad.at(chunk, 0), grad.frame_stride, grad.channel_stride}, stop - chunk, channels, tile);
-    for (int64_t j = chunk; j < stop; ++j) {
+  }
+};
+
+// Add what output frames [begin, end), all of one segment, give.
+template <typename T>
+void add_readers(const Segment<Wide<T>>& segment, int64_t begin, int64_t end, Plane<const T> grad,
+                 const Sums<Wide<T>>& sums) {
+  using Real = Wide<T>;
+  Real tile[kElements];
+  const int64_t chunk = min_of(kFrames, kElements / sums.width);
+  for (int64_t from = begin; from < end; from += chunk) {
+    const int64_t to = min_of(from + chunk, end);
+    load_tile<T>({grad.at(from, 0), grad.frame_stride, grad.channel_stride}, to - from, sums.channels, tile,
+                 sums.width);
+    const T* next = to < end ? grad.at(to, 0) : grad.at(begin, sums.channels);  // the tile that comes after this one
+    for (int64_t j = from; j < to; ++j) {
+      if (j - from < sums.channels) prefetch<0>(next + (j - from) * grad.channel_stride, chunk);
       const Tap<Real> tap = find_tap(segment, j);
-      const Real* row = tile + (j - chunk) * kChannels;
-      add(tap.first, 1 - tap.weight, row);
-      add(tap.second, tap.weight, row);
+      const Real* row = tile + (j - from) * sums.width;
+      sums.add(tap.first, 1 - tap.weight, row);
+      sums.add(tap.second, tap.weight, row);
     }
   }
+}
+
+// The gradient of input frames [begin, end) of row b, for channels [channel, channel + channels).
+template <typename T>
+void backward_block(const InterpolateArgs& args, const Segment<Wide<T>>* segments, Plane<const T> grad, Plane<T> out,
+                    int64_t begin, int64_t end, int64_t width, int64_t channels) {
+  using Real = Wide<T>;
+  Real data[kElements] = {};
+  for (int k = 0; k < args.segments; ++k) {
+    const Segment<Real>& segment = segments[k];
+    const int64_t first = max_of(begin, segment.in_start);
+    const int64_t last = min_of(end, segment.in_start + segment.in_frames);
+    if (first >= last) continue;
+    // A frame is read by those that have it as their first frame, or, after the frame before it, as their second.
+    add_readers<T>(segment, first_reader(segment, first - 1), first_reader(segment, last), grad,
+                   Sums<Real>{data + (first - begin) * width, width, first, last, channels});
+  }
+  store_tile<T>(data, width, end - begin, channels, {out.at(begin, 0), out.frame_stride, out.channel_stride});
 }
 
 // One tile: the gradient of input frames [begin, end) of row b, all channels.
 template <typename T>
 void backward_tile(const InterpolateArgs& args, int64_t b, int64_t begin, int64_t end) {
-  using Real = Wide<T>;
-  Segment<Real> segments[kMaxSegments];
+  Segment<Wide<T>> segments[kMaxSegments];
   find_segments(args, b, segments);
   const Plane<const T> grad = plane_of(static_cast<const T*>(args.source), args.out, b);
   const Plane<T> out = plane_of(static_cast<T*>(args.result), args.in, b);
 
-  Real sums[kFrames * kChannels];
-  for (int64_t c = 0; c < args.channels; c += kChannels) {
-    const int64_t channels = min_of(kChannels, args.channels - c);
-    fill_zero(sums, (end - begin) * kChannels);
-    for (int k = 0; k < args.segments; ++k) {
-      const Segment<Real>& segment = segments[k];
-      const int64_t first = max_of(begin, segment.in_start);
-      const int64_t last = min_of(end, segment.in_start + segment.in_frames);
-      if (first >= last) continue;
-      // Readers of frame i have it as their first frame, or as the second after frame i - 1.
-      const int64_t from = first_reader(segment, first - 1);
-      const int64_t to = first_reader(segment, last);
-      gather<T>(segment, {grad.at(0, c), grad.frame_stride, grad.channel_stride}, from, to, first, last, channels,
-                sums + (first - begin) * kChannels);
-    }
-    store_tile<T>(sums, end - begin, channels, {out.at(begin, c), out.frame_stride, out.channel_stride});
-  }
+  // Blocks are long in the dimension in which the gradient is contiguous.
+  const int64_t longest = grad.channel_stride == 1 ? 8 * kChannels : kChannels;
+  const int64_t width = min_of(longest, ceil_div(args.channels, 4) * 4);
+  const int64_t height = min_of(kFrames, kElements / width);
+  for (int64_t i = begin; i < end; i += height)
+    for (int64_t c = 0; c < args.channels; c += width)
+      backward_block<T>(args, segments, {grad.at(0, c), grad.frame_stride, grad.channel_stride},
+                        {out.at(0, c), out.frame_stride, out.channel_stride}, i, min_of(i + height, end), width,
+                        min_of(width, args.channels - c));
 }
 
 // Call tile(b, begin, end) for tiles [first_tile, last_tile) of a tensor with that many frames in each row.
