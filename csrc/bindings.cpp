@@ -152,7 +152,7 @@ void* current_stream(int32_t device) {
   }();
   STD_TORCH_CHECK(get_stream, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  STD_TORCH_CHECK(get_stream(device, &stream) == 0, "torch has no current stream on CUDA device ", device);
   return stream;
 }
 
