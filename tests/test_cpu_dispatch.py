@@ -1,7 +1,11 @@
-"""The CPU kernels are compiled once per instruction set, chosen at run time; every choice gives the same numbers."""
+"""The CPU kernels are compiled once per instruction set, chosen at run time; every choice gives the same numbers.
+
+Also: the registered ops check what they are given, for those who call them without the public function.
+"""
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -104,3 +108,39 @@ def test_baseline_runs_anywhere_and_is_always_there():
 def test_unsupported_capability_says_that_the_cpu_is_the_reason():
     with pytest.raises(ValueError, match="which this CPU cannot run"):
         native.set_cpu_capability(UNSUPPORTED[0])
+
+
+X = torch.ones(2, 5, 3)
+TABLE = torch.tensor([[[5, 8]], [[2, 3]]])
+NONSENSE = {
+    "odd number of lengths": ((X, None, [5], 8, False), "pairs of lengths, got 1 numbers"),
+    "five segments": ((X, None, [1, 1] * 5, 8, False), "at most 4 pairs of lengths, got 10 numbers"),
+    "negative length": ((X, None, [-1, 8], 8, False), "lengths >= 0, got -1"),
+    "beyond the input": ((X, None, [9, 8], 8, False), "put frames than the tensor: 9 where"),
+    "sum beyond the output": ((X, None, [1, 4, 1, 2**62], 8, False), "put frames than the tensor: 4611686018427387904"),
+    "two dimensions": ((X[0], None, [5, 5], 8, False), "dimensions"),
+    "integers": ((X.long(), None, [5, 5], 8, False), "must be float32, float64, float16 or bfloat16"),
+    "negative frames": ((X, None, [0, 0], -1, False), "frames must be >= 0, got -1"),
+    "int32 table": ((X, TABLE.int(), [], 8, False), "rows must be int64"),
+    "table of one row": ((X, TABLE[:1], [], 8, False), "rows must have shape [2, S, 2]"),
+    "flat table": ((X, TABLE.view(2, 2), [], 8, False), "rows must have shape [2, S, 2]"),
+    "table of five segments": ((X, TABLE.expand(2, 5, 2), [], 8, False), "rows must hold at most 4 segments, got 5"),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+@pytest.mark.parametrize("op", ["interpolate", "interpolate_backward"])
+def test_registered_ops_refuse_nonsense(op: str, case: str):
+    arguments, message = NONSENSE[case]
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        getattr(torch.ops.fastflow, op)(*arguments)
+
+
+@pytest.mark.parametrize("op", ["interpolate", "interpolate_backward"])
+def test_any_number_in_a_table_is_safe(op: str):
+    """Lengths in a tensor are never read by the checks, so the kernels cut them to what the tensors hold."""
+    least, most = -(2**63), 2**63 - 1
+    for pairs in itertools.product([(least, most), (most, least), (most, most), (3, 2), (0, 1)], repeat=2):
+        out = getattr(torch.ops.fastflow, op)(X, torch.tensor([pairs, pairs[::-1]]), [], 8, False)
+        assert out.shape == (2, 8, 3)
+        assert out.isfinite().all()
