@@ -14,6 +14,10 @@
 #include "interpolate.h"
 
 #ifdef FASTFLOW_CUDA
+#include <dlfcn.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
 #include "cuda/kernels.h"
 #endif
 
@@ -136,12 +140,57 @@ Tensor interpolate_backward_cpu(const Tensor& grad, std::optional<Tensor> rows, 
                  prepare_backward(grad, rows, shared, in_frames, channels_first));
 }
 
+#ifdef FASTFLOW_CUDA
+
+// torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
+// with a torch without CUDA.
+void* current_stream(int32_t device) {
+  using GetStream = AOTITorchError (*)(int32_t, void**);
+  static const auto get_stream = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(get_stream, "this torch has no CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
+  return stream;
+}
+
+template <typename Kernel>
+Tensor run_cuda(const Kernel& kernel, const Interpolation& op) {
+  const int32_t device = op.result.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  kernel(op.args, op.dtype, current_stream(device));
+  return op.result;
+}
+
+Tensor interpolate_cuda(const Tensor& x, std::optional<Tensor> rows, std::vector<int64_t> shared, int64_t frames,
+                        bool channels_first) {
+  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+  return run_cuda(cuda::interpolate_forward, prepare_forward(x, rows, shared, frames, channels_first));
+}
+
+Tensor interpolate_backward_cuda(const Tensor& grad, std::optional<Tensor> rows, std::vector<int64_t> shared,
+                                 int64_t in_frames, bool channels_first) {
+  STD_TORCH_CHECK(grad.is_cuda(), "grad must be on a CUDA device");
+  return run_cuda(cuda::interpolate_backward, prepare_backward(grad, rows, shared, in_frames, channels_first));
+}
+
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cpu));
 }
+
+#ifdef FASTFLOW_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) {
+  m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
+  m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cuda));
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   namespace py = pybind11;

@@ -21,7 +21,12 @@ FASTFLOW_HD static inline int64_t max_of(int64_t a, int64_t b) { return a > b ? 
 FASTFLOW_HD static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // A multiplication and an addition rounded once, on any hardware.
+#ifdef __CUDA_ARCH__
+FASTFLOW_HD static inline float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+FASTFLOW_HD static inline double fused_multiply_add(double a, double b, double c) { return __fma_rn(a, b, c); }
+#else
 FASTFLOW_HD static inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTFLOW_HD static inline double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#endif
 
 }  // namespace fastflow

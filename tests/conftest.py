@@ -12,11 +12,10 @@ if not HAS_GPU:  # before fastflow.backend and triton read it
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastflow import backend as _backend
-from fastflow.testing import tolerances
-from fastflow.testing.interpreter import round_bfloat16
+from fastflow.testing import interpreter, tolerances
 
 if _backend.has_triton and _backend.triton_interprets:
-    round_bfloat16()
+    interpreter.repair()
 
 NOT_RUN = "not run: "
 ALL_FLOATS = dict.fromkeys(_backend.BACKENDS, _backend.FLOATS)

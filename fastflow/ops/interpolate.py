@@ -16,6 +16,7 @@ The backward pass gathers: the gradient of input frame i sums the weights of the
 deterministic and needs no atomics.
 """
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ MAX_SEGMENTS = 4  # prompt, head, middle, tail
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
 Segments = Sequence[tuple[int, int]] | Tensor
+Length = int | torch.SymInt  # a SymInt while a graph of dynamic lengths is traced
 
 # `rows` [B, S, 2] int64 gives each row its own segments; otherwise `shared` (s_0, d_0, s_1, d_1, ...) holds for all.
 _FORWARD = "(Tensor x, Tensor? rows, SymInt[] shared, SymInt frames, bool channels_first) -> Tensor"
@@ -114,17 +116,19 @@ def _source(src_len: Tensor, dst_len: Tensor, j: Tensor, dtype: torch.dtype) -> 
 def _interpolate_rows(x: Tensor, rows: Tensor, frames: int) -> Tensor:
     """Segments that differ between rows: gather and blend, [B, T, C] -> [B, frames, C]."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = rows.to(x.device)
+    rows, in_frames = rows.to(x.device), x.shape[1]
+    if in_frames == 0:
+        x = F.pad(x, (0, 0, 0, 1))  # a frame to gather from, which no segment reaches
     start = torch.zeros_like(rows[:, 0])  # first input and output frame of the segment
     j = torch.arange(frames, device=x.device).expand(x.shape[0], frames)
     out = x.new_zeros((x.shape[0], frames, x.shape[2]), dtype=wide)
     for k in range(rows.shape[1]):
-        src_len = rows[:, k, 0].clamp(min=0).minimum(x.shape[1] - start[:, 0])
+        src_len = rows[:, k, 0].clamp(min=0).minimum(in_frames - start[:, 0])
         dst_len = rows[:, k, 1].clamp(min=0)
         local = j - start[:, 1:]
         inside = (local >= 0) & (local < dst_len[:, None]) & (src_len[:, None] > 0)
         i0, i1, w = _source(src_len[:, None], dst_len[:, None].clamp(min=1), local.clamp(min=0), wide)
-        first, last = start[:, :1], max(x.shape[1] - 1, 0)
+        first, last = start[:, :1], max(in_frames - 1, 0)
         left, right = (
             x.gather(1, (first + i).clamp(0, last)[..., None].expand(-1, -1, x.shape[2])).to(wide) for i in (i0, i1)
         )
@@ -134,22 +138,38 @@ def _interpolate_rows(x: Tensor, rows: Tensor, frames: int) -> Tensor:
     return out.to(x.dtype)
 
 
+def _interpolate_shared(x: Tensor, segments: Sequence[tuple[int, int]], frames: int) -> Tensor:
+    """Segments that hold for all rows, by F.interpolate: [B, T, C] -> [B, C, frames]."""
+    parts, src_start, filled = [], 0, 0
+    for src_len, dst_len in segments:
+        if src_len and dst_len and x.shape[2]:
+            part = x[:, src_start : src_start + src_len].transpose(1, 2).contiguous()
+            parts.append(F.interpolate(part, size=dst_len, mode="linear"))
+            filled += dst_len
+        src_start += src_len
+    if filled < frames or not parts:
+        parts.append(F.pad(x[:, :0].transpose(1, 2), (0, frames - filled)))  # zeros
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """F.interpolate keeps the dtype of x, as the kernels do, even where autocast would have it return float32."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def interpolate_ref(
     x: Tensor, segments: Segments, frames: int | None = None, *, channels_first: bool = False
 ) -> Tensor:
     """The same as :func:`interpolate` in plain PyTorch; shared segments go through ``F.interpolate`` itself."""
-    if isinstance(segments, Tensor):
-        out = _interpolate_rows(x, segments, _output_frames(segments, frames))
-        return out.transpose(1, 2).contiguous() if channels_first else out
-    parts, start = [], 0
-    for src_len, dst_len in segments:
-        if src_len and dst_len:
-            part = x[:, start : start + src_len].transpose(1, 2).contiguous()
-            parts.append(F.interpolate(part, size=dst_len, mode="linear"))
-        start += src_len
-    out = torch.cat(parts, 2) if parts else x.new_zeros(x.shape[0], x.shape[2], 0)
-    out = F.pad(out, (0, _output_frames(segments, frames) - out.shape[2]))
-    return out if channels_first else out.transpose(1, 2).contiguous()
+    total = _output_frames(segments, frames)
+    with _no_autocast(x):
+        if isinstance(segments, Tensor):
+            out = _interpolate_rows(x, segments, total).transpose(1, 2)
+        else:
+            out = _interpolate_shared(x, segments, total)
+    return (out if channels_first else out.transpose(1, 2)).contiguous()
 
 
 def _output_frames(segments: Segments, frames: int | None) -> int:
@@ -160,12 +180,18 @@ def _output_frames(segments: Segments, frames: int | None) -> int:
     return sum(dst_len for _, dst_len in segments)
 
 
+def _is_pair(pair: Sequence[int]) -> bool:
+    return len(pair) == 2 and isinstance(pair[0], Length) and isinstance(pair[1], Length)
+
+
 def _check(x: Tensor, segments: Segments, frames: int | None) -> int:
     """Validate the arguments without reading device memory and return the number of output frames."""
     if x.dim() != 3:
         raise ValueError(f"x must have shape [B, T, C], got {list(x.shape)}")
     if x.dtype not in _backend.FLOATS:
         raise TypeError(f"x must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if not isinstance(segments, Tensor) and not all(_is_pair(pair) for pair in segments):
+        raise TypeError(f"segments must hold pairs of ints, got {list(segments)}")
     total = _output_frames(segments, frames)
     if isinstance(segments, Tensor):
         if segments.dim() != 3 or segments.shape[0] != x.shape[0] or segments.shape[2] != 2:

@@ -30,7 +30,7 @@ def nan_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def guarded_allocations() -> Iterator[list[Tensor]]:
-    """Tensors from ``new_empty`` get sentinels on both sides and NaN inside; on exit the sentinels must be intact.
+    """Tensors from ``new_empty`` get sentinels on both sides and NaN (-1) inside; on exit the sentinels must be intact.
 
     This is how the Python launchers allocate.  Yields the list of the guarded buffers.
     """
@@ -41,7 +41,8 @@ def guarded_allocations() -> Iterator[list[Tensor]]:
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
         buffer = original(self, 2 * GUARD + math.prod(shape), dtype=dtype, device=device).fill_(SENTINEL)
         buffers.append(buffer)
-        return buffer[GUARD : buffer.numel() - GUARD].fill_(math.nan).view(shape)
+        inside = buffer[GUARD : buffer.numel() - GUARD]
+        return inside.fill_(math.nan if buffer.is_floating_point() else -1).view(shape)
 
     Tensor.new_empty = new_empty  # type: ignore[assignment,method-assign]
     try:
