@@ -122,27 +122,34 @@ def _range(first, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rows(BLOCK: tl.constexpr):
+    """Rows of a tile [BLOCK, 1], anew in each turn of a loop: what is computed from them and the columns would fill
+    the registers if the compiler took it out of the loop."""
+    i = tl.arange(0, BLOCK)[:, None]
+    if INTERPRETED:
+        return i
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _merge(low, high, BLOCK: tl.constexpr):
     """The columns of either window that the tile needs: query i begins at column BLOCK - 1 - i of the low one."""
-    i = tl.arange(0, BLOCK)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    return tl.where(i + c >= BLOCK - 1, low, high)
+    return tl.where(_rows(BLOCK) + tl.arange(0, BLOCK)[None, :] >= BLOCK - 1, low, high)
 
 
 @triton.jit
 def _shear(low, high, BLOCK: tl.constexpr):
     """Products with the low and high windows -> [BLOCK, BLOCK] scores: (i, j) is column BLOCK - 1 - i + j of both."""
-    i = tl.arange(0, BLOCK)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    return tl.gather(_merge(low, high, BLOCK), (c - i - 1) & (BLOCK - 1), 1)
+    column = tl.arange(0, BLOCK)[None, :] - _rows(BLOCK) - 1
+    return tl.gather(_merge(low, high, BLOCK), column & (BLOCK - 1), 1)
 
 
 @triton.jit
 def _unshear(x, BLOCK: tl.constexpr):
     """The reverse: scores -> columns of the two windows, to be divided by ``_merge``."""
-    i = tl.arange(0, BLOCK)[:, None]
-    c = tl.arange(0, BLOCK)[None, :]
-    return tl.gather(x, (c + i + 1) & (BLOCK - 1), 1)
+    column = tl.arange(0, BLOCK)[None, :] + _rows(BLOCK) + 1
+    return tl.gather(x, column & (BLOCK - 1), 1)
 
 
 @triton.jit
@@ -349,7 +356,7 @@ def attention_backward_q_kernel(
         m = base + begin
         p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
         low = _dot(q_v, tl.trans(p))
-        ds_before = tl.zeros([BLOCK, BLOCK], tl.float32)
+        ds_before = tl.zeros([BLOCK, BLOCK], q.dtype)
 
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for j0 in range(begin, end, BLOCK):
@@ -370,16 +377,16 @@ def attention_backward_q_kernel(
         )  # fmt: skip
         grad_q += _dot(ds.to(k.dtype), k)
         if position_ptr is not None:
-            ds = _unshear(ds, BLOCK)
             m = base + j0
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            grad_q += _dot(_merge(ds, ds_before, BLOCK).to(p.dtype), p)
+            ds = _unshear(ds.to(p.dtype), BLOCK)
+            grad_q += _dot(_merge(ds, ds_before, BLOCK), p)
             ds_before = ds
 
     if position_ptr is not None:  # the high window of the last tile
         m = base + begin + tl.cdiv(end - begin, BLOCK) * BLOCK
         p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-        grad_q += _dot(_merge(tl.zeros_like(ds_before), ds_before, BLOCK).to(p.dtype), p)
+        grad_q += _dot(_merge(tl.zeros_like(ds_before), ds_before, BLOCK), p)
     _store(grad_q_ptr, grad_q * scale, row, h, heads, queries, i, HEAD_DIM, BLOCK_D)
 
 
@@ -600,14 +607,14 @@ def attention_backward_position_kernel(
                 scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
                 seed_ptr, row_and_head, i, j0, threshold, keep_scale,
             )  # fmt: skip
-            ds = _unshear(ds, BLOCK)
+            ds = _unshear(ds.to(q.dtype), BLOCK)
             nothing = tl.zeros_like(ds)
             ds_low = _merge(ds, nothing, BLOCK)
             ds_high = _merge(nothing, ds, BLOCK)
-            grad_low += _dot(tl.trans(ds_low.to(q_v.dtype)), q_v)
-            grad_high += _dot(tl.trans(ds_high.to(q_v.dtype)), q_v)
-            sum_low += tl.sum(ds_low, 0)
-            sum_high += tl.sum(ds_high, 0)
+            grad_low += _dot(tl.trans(ds_low), q_v)
+            grad_high += _dot(tl.trans(ds_high), q_v)
+            sum_low += tl.sum(ds_low.to(tl.float32), 0)
+            sum_high += tl.sum(ds_high.to(tl.float32), 0)
 
     rows = 2 * keys - 1
     low_ptr = grad_position_ptr + split_and_head.to(tl.int64) * rows * HEAD_DIM
@@ -616,6 +623,9 @@ def attention_backward_position_kernel(
     in_high = ((m_high >= 0) & (m_high < rows))[:, None] & (d < HEAD_DIM)[None, :]
     tl.store(low_ptr + m_low[:, None] * HEAD_DIM + d[None, :], grad_low * scale, mask=in_low)
     tl.store(high_ptr + m_high[:, None] * HEAD_DIM + d[None, :], grad_high * scale, mask=in_high)
+    # read again: they need not stay in registers all the way
+    p_low = _window(p_base, m_low, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
+    p_high = _window(p_base, m_high, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
     share = tl.sum(sum_low[:, None] * p_low.to(tl.float32), 0) + tl.sum(sum_high[:, None] * p_high.to(tl.float32), 0)
     tl.store(grad_bias_v_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + d, share * scale, mask=d < HEAD_DIM)
 
@@ -693,7 +703,7 @@ def _backward(
     block = config["BLOCK"]
     tiles_q, tiles_k = triton.cdiv(queries, block), triton.cdiv(k.shape[2], block)
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
+    delta = q.new_empty(lse.shape, dtype=torch.float32)
     grad_q, grad_k, grad_v = _like_heads(q), _like_heads(k), _like_heads(v)
     pointers, strides = _positions(rel)
     inputs = (lse, q, k, v, *pointers, None if lengths is None else lengths.contiguous(), seed)
