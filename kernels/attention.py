@@ -31,14 +31,17 @@ LN_2 = tl.constexpr(math.log(2))
 SIZES = ["queries", "keys", "chunk_size", "left_chunks", "key_offset", "threshold"]
 
 # Tiles by kernel and bytes of an element, then by padded head dimension: BLOCK_M and BLOCK_N, which the relative term
-# wants equal, or BLOCK; num_warps, num_stages.
+# wants equal, or BLOCK; num_warps, num_stages.  They are the largest that need no stack on sm_80, sm_90 and sm_100;
+# float32 has no tensor cores here, and its products hold whole rows in registers.
 CONFIGS: dict[tuple[str, int], dict[int, tuple[Any, int, int]]] = {
-    ("forward", 2): {64: ((128, 64), 4, 3), 128: ((128, 64), 8, 2), 256: ((64, 32), 4, 2)},
-    ("forward", 4): {64: ((64, 32), 4, 2), 128: ((32, 32), 4, 2), 256: ((32, 16), 4, 2)},
-    ("relative_forward", 2): {64: ((64, 64), 4, 2), 128: ((64, 64), 8, 2), 256: ((32, 32), 4, 1)},
-    ("relative_forward", 4): {64: ((32, 32), 4, 2), 128: ((32, 32), 4, 2), 256: ((16, 16), 4, 1)},
-    ("backward", 2): {64: (64, 4, 2), 128: (64, 8, 2), 256: (32, 4, 1)},
-    ("backward", 4): {64: (32, 4, 2), 128: (32, 4, 1), 256: (16, 4, 1)},
+    ("forward", 2): {64: ((64, 64), 4, 2), 128: ((64, 64), 8, 2), 256: ((64, 32), 8, 1)},
+    ("forward", 4): {64: ((32, 16), 8, 1), 128: ((16, 16), 8, 1), 256: ((16, 16), 8, 1)},
+    ("relative_forward", 2): {64: ((32, 32), 4, 2), 128: ((32, 32), 4, 1), 256: ((16, 16), 4, 1)},
+    ("relative_forward", 4): {64: ((16, 16), 8, 1), 128: ((16, 16), 8, 1), 256: ((16, 16), 8, 1)},
+    ("backward", 2): {64: (64, 4, 2), 128: (32, 4, 1), 256: (32, 4, 1)},
+    ("backward", 4): {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    ("relative_backward", 2): {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    ("relative_backward", 4): {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
 }
 
 # Rows of the batch are dealt to this many programs per head and diagonal for the gradient of the positions; the
@@ -472,10 +475,8 @@ def attention_backward_kv_kernel(
             m = keys - key_offset - i0 - BLOCK + j
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
             low = _dot(q_v, tl.trans(p))
-            m += BLOCK
-            p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            high = _dot(q_v, tl.trans(p))
-            scores = _dot(q, tl.trans(k)) + _shear(low, high, BLOCK)
+            p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
+            scores = _dot(q, tl.trans(k)) + _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
         else:
             scores = _dot(q, tl.trans(k))
         visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
@@ -564,12 +565,7 @@ def attention_backward_position_kernel(
     ahead = diagonal * BLOCK - key_offset  # of the first key before the first query
     in_reach = (ahead - BLOCK < chunk_size - 1) & (-ahead - BLOCK < (left_chunks + 1) * chunk_size - 1)
 
-    d = tl.arange(0, BLOCK_D)
     p_base = position_ptr + h * stride_ph
-    m_low = keys - BLOCK + ahead + tl.arange(0, BLOCK)
-    m_high = m_low + BLOCK
-    p_low = _window(p_base, m_low, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-    p_high = _window(p_base, m_high, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
     grad_low = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_high = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     sum_low = tl.zeros([BLOCK], tl.float32)
@@ -601,7 +597,11 @@ def attention_backward_position_kernel(
             delta = tl.load(delta_ptr + of_query, mask=first < stop, other=0.0)
             q_v = _add_bias(q, bias_v_ptr, h, HEAD_DIM, BLOCK_D)
             q = _add_bias(q, bias_u_ptr, h, HEAD_DIM, BLOCK_D)
-            scores = _dot(q, tl.trans(k)) + _shear(_dot(q_v, tl.trans(p_low)), _dot(q_v, tl.trans(p_high)), BLOCK)
+            m = keys - key_offset - i0 - BLOCK + j  # always the same; the windows are read anew to save registers
+            p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
+            low = _dot(q_v, tl.trans(p))
+            p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
+            scores = _dot(q, tl.trans(k)) + _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
             visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
             _, ds = _probabilities_and_ds(
                 scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
@@ -617,16 +617,18 @@ def attention_backward_position_kernel(
             sum_high += tl.sum(ds_high.to(tl.float32), 0)
 
     rows = 2 * keys - 1
+    d = tl.arange(0, BLOCK_D)
+    low = keys - BLOCK + ahead + tl.arange(0, BLOCK)
+    high = low + BLOCK
     low_ptr = grad_position_ptr + split_and_head.to(tl.int64) * rows * HEAD_DIM
     high_ptr = low_ptr + splits.to(tl.int64) * heads * rows * HEAD_DIM
-    in_low = ((m_low >= 0) & (m_low < rows))[:, None] & (d < HEAD_DIM)[None, :]
-    in_high = ((m_high >= 0) & (m_high < rows))[:, None] & (d < HEAD_DIM)[None, :]
-    tl.store(low_ptr + m_low[:, None] * HEAD_DIM + d[None, :], grad_low * scale, mask=in_low)
-    tl.store(high_ptr + m_high[:, None] * HEAD_DIM + d[None, :], grad_high * scale, mask=in_high)
-    # read again: they need not stay in registers all the way
-    p_low = _window(p_base, m_low, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-    p_high = _window(p_base, m_high, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-    share = tl.sum(sum_low[:, None] * p_low.to(tl.float32), 0) + tl.sum(sum_high[:, None] * p_high.to(tl.float32), 0)
+    in_low = ((low >= 0) & (low < rows))[:, None] & (d < HEAD_DIM)[None, :]
+    in_high = ((high >= 0) & (high < rows))[:, None] & (d < HEAD_DIM)[None, :]
+    tl.store(low_ptr + low.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], grad_low * scale, mask=in_low)
+    tl.store(high_ptr + high.to(tl.int64)[:, None] * HEAD_DIM + d[None, :], grad_high * scale, mask=in_high)
+    p_low = _window(p_base, low, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D).to(tl.float32)
+    p_high = _window(p_base, high, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D).to(tl.float32)
+    share = tl.sum(sum_low[:, None] * p_low, 0) + tl.sum(sum_high[:, None] * p_high, 0)
     tl.store(grad_bias_v_ptr + tl.program_id(0).to(tl.int64) * HEAD_DIM + d, share * scale, mask=d < HEAD_DIM)
 
 
@@ -699,7 +701,7 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     *numbers, padded_queries, scale, dropout_p, seed = rule
     batch, heads, queries, width = q.shape
-    config = _config("backward", q)
+    config = _config("relative_backward" if rel else "backward", q)
     block = config["BLOCK"]
     tiles_q, tiles_k = triton.cdiv(queries, block), triton.cdiv(k.shape[2], block)
     lse = lse.contiguous()
