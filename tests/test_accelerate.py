@@ -39,7 +39,8 @@ def fake_layer(spec: dict) -> nn.Module:
         pos_bias_u=nn.Parameter(torch.empty(heads, width // heads)),
         pos_bias_v=nn.Parameter(torch.empty(heads, width // heads)),
         dropout=nn.Dropout(spec["attention_dropout_rate"]),
-        **{f"linear_{name}": nn.Linear(width, width) for name in ("q", "k", "v", "out")},
+        linear_k=nn.Linear(width, width, bias=spec.get("key_bias", True)),
+        **{f"linear_{name}": nn.Linear(width, width) for name in ("q", "v", "out")},
     )
     feed_forward = part(
         "PositionwiseFeedForward",
@@ -99,7 +100,7 @@ def fake_lookahead(spec: dict) -> nn.Module:
 def fake_regulator(spec: dict) -> nn.Module:
     width, layers = spec["channels"], []
     for _ in spec["sampling_ratios"]:
-        layers += [nn.Conv1d(width, width, 3, padding=1), nn.GroupNorm(1, width), nn.Mish()]
+        layers += [nn.Conv1d(width, width, 3, padding=1), nn.GroupNorm(spec.get("groups", 1), width), nn.Mish()]
     model = nn.Sequential(*layers, nn.Conv1d(width, width, 1))
     return part("InterpolateRegulator", sampling_ratios=spec["sampling_ratios"], model=model)
 
@@ -195,7 +196,7 @@ def fake_dit(spec: dict) -> nn.Module:
         ),
         rotary_embed=rotary,
         transformer_blocks=nn.ModuleList(block() for _ in range(spec["depth"])),
-        long_skip_connection=None,
+        long_skip_connection=nn.Linear(2 * dim, dim, bias=False) if spec.get("long_skip_connection") else None,
         norm_out=part("AdaLayerNormZero_Final", linear=nn.Linear(dim, 2 * dim)),
         proj_out=nn.Linear(dim, spec["mel_dim"]),
     )
@@ -245,24 +246,29 @@ def odd_spec(name: str) -> dict:
     )
     rates = {"dropout_rate": 0.2, "positional_dropout_rate": 0.3, "attention_dropout_rate": 0.4}
     if "encoder" in spec:
-        spec["encoder"].update(**rates, attention_heads=8)
-    if name != "tiny":
-        spec["decoder"]["estimator"]["static_chunk_size"] = 6
-    if name == "tiny2":
-        spec["encoder"]["static_chunk_size"] = 3
+        spec["encoder"].update(**rates, attention_heads=8, key_bias=False, static_chunk_size=3)
+    estimator = spec["decoder"]["estimator"]
     if name == "tiny3":
         spec["pre_lookahead_len"] = spec["pre_lookahead_layer"]["pre_lookahead_len"] = 2
-    spec["decoder"]["estimator"]["dropout"] = 0.25
+        estimator["long_skip_connection"] = True
+        spec["token_mel_ratio"] = 3
+    else:
+        estimator.update(n_blocks=2, num_mid_blocks=1, num_heads=2)
+    if name == "tiny":
+        spec["length_regulator"]["groups"] = 2
+    else:
+        estimator["static_chunk_size"] = 6
+    estimator["dropout"] = 0.25
     return spec
 
 
 def batch_for(spec: dict) -> dict[str, torch.Tensor]:
     token_len = torch.tensor([12, 7])
-    feat_len = 2 * token_len
+    feat_len = spec.get("token_mel_ratio", 2) * token_len
     return {
         "speech_token": torch.randint(0, spec["vocab_size"], (2, 12)),
         "speech_token_len": token_len,
-        "speech_feat": torch.randn(2, 24, 80),
+        "speech_feat": torch.randn(2, int(feat_len[0]), 80),
         "speech_feat_len": feat_len,
         "embedding": torch.randn(2, spec["spk_embed_dim"]),
     }
@@ -464,6 +470,10 @@ REFUSED = {
     "heads": (set_on(f"{BLOCK}.attn1", heads=2), r"flow\.decoder\.estimator: num_heads must be the same .* \[2, 4\]"),
     "uneven dropout": (set_on("encoder.encoders.1.dropout", p=0.5), r"flow\.encoder: dropout_rate .*\[0\.0, 0\.5\]"),
     "dynamic chunks": (set_on("encoder", use_dynamic_chunk=True), r"flow\.encoder: use_dynamic_chunk must be False"),
+    "post-norm": (set_on("encoder", normalize_before=False), r"normalize_before must be True"),
+    "cmvn": (set_on("encoder", global_cmvn=nn.Identity()), r"global_cmvn must be None"),
+    "attention": (rename("encoder.encoders.0.self_attn", "Plain"), r"selfattention_layer_type must be 'rel_selfattn'"),
+    "relu": (set_on("encoder.encoders.0.feed_forward", activation=nn.ReLU()), r"activation_type must be 'swish'"),
     "macaron": (set_on("encoder.encoders.0", feed_forward_macaron=nn.Identity()), r"macaron_style must be False"),
     "another key": (set_on("encoder", adapter=nn.Linear(3, 3)), r"2 unexpected: encoder\.adapter\.weight"),
     "another shape": (
