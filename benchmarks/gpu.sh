@@ -5,7 +5,8 @@
 #   benchmarks/gpu.sh build                compile with CUDA and install, editable, into the current Python
 #   benchmarks/gpu.sh tests [PYTEST ARGS]  all tests, or those named; a GPU test that could not run is a failure
 #   benchmarks/gpu.sh sanitizer [TOOL...]  op tests under compute-sanitizer: memcheck racecheck initcheck synccheck
-#   benchmarks/gpu.sh bench [GLOB]         all benchmark cases, or those whose name matches
+#   benchmarks/gpu.sh bench                all benchmark cases, without torch.compile, which takes minutes per flow
+#   benchmarks/gpu.sh bench GLOB           the cases whose name matches, with torch.compile
 #
 # Needs PyTorch with CUDA and triton, nvcc and compute-sanitizer of the same CUDA major version, cmake, ninja, pybind11,
 # pytest, numpy.  PYTHON chooses the interpreter.  Results go to benchmarks/results/<gpu>-<date>.json and .png, and with
@@ -131,18 +132,18 @@ sanitizer() {
 
 bench() {
     need_build
-    local glob=${1:-} name status=0 only=()
+    local glob=${1:-} name status=0 choice=(--providers cuda triton cosyvoice)
     name=$("$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return
     name+=-$(date +%Y-%m-%d)
     if [[ -n $glob ]]; then
-        only=(--only "$glob")
+        choice=(--only "$glob")
         name+=-$(tr -cs 'a-zA-Z0-9\n' '-' <<<"$glob" | sed 's/^-*//; s/-*$//')
     fi
     local json=$RESULTS/$name.json
     written+=("$json" "$RESULTS/$name.png")
     # What torch.compile has compiled is kept for the next call.
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/build/inductor}
-    limited "$PYTHON" benchmarks/run.py --device cuda --minutes 6 --no-plot --out "$json" "${only[@]}" || status=$?
+    limited "$PYTHON" benchmarks/run.py --device cuda --minutes 6 --no-plot --out "$json" "${choice[@]}" || status=$?
     [[ ! -e $json ]] || "$PYTHON" benchmarks/plot.py "$json" || echo "gpu.sh: no picture; draw it elsewhere from $json" >&2
     return "$status"
 }

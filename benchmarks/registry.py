@@ -112,13 +112,6 @@ def _cases() -> list[Case]:
                     quick=sizes.batch == 1 and dtype == torch.float32,
                 )
             )
-    for name, preset in (("tiny-v1", "tiny"), ("tiny-v2", "tiny2"), ("tiny-v3", "tiny3")):
-        train = functools.partial(_training, preset, 2, 60)
-        infer = functools.partial(_inference, preset, 1, 2)
-        quick = name == "tiny-v1"
-        train_title, infer_title = "tiny flow, training batch 2 x 60 frames", "tiny flow, 1 s prompt + 2 s utterance"
-        cases.append(Case(f"{name}/train-2x60", train_title, train, quick=quick, flow=True))
-        cases.append(Case(f"{name}/infer-1s+2s", infer_title, infer, quick=quick, flow=True))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
         for frames in (200, 500):
             cases.append(
@@ -133,6 +126,13 @@ def _cases() -> list[Case]:
         infer = functools.partial(_inference, preset, 5, 10)
         title = f"{preset}, 5 s prompt + 10 s utterance"
         cases.append(Case(f"{version}/infer-5s+10s", title, infer, heavy=True, flow=True))
+    for name, preset in (("tiny-v1", "tiny"), ("tiny-v2", "tiny2"), ("tiny-v3", "tiny3")):
+        train = functools.partial(_training, preset, 2, 60)
+        infer = functools.partial(_inference, preset, 1, 2)
+        quick = name == "tiny-v1"
+        train_title, infer_title = "tiny flow, training batch 2 x 60 frames", "tiny flow, 1 s prompt + 2 s utterance"
+        cases.append(Case(f"{name}/train-2x60", train_title, train, quick=quick, flow=True))
+        cases.append(Case(f"{name}/infer-1s+2s", infer_title, infer, quick=quick, flow=True))
     return cases
 
 

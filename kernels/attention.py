@@ -1,8 +1,9 @@
 """Triton kernels of fastflow.ops.attention, which states the formula and the rule of the masks.
 
 A program holds a tile of queries and runs over the tiles of keys that any of them sees (or the reverse, for the
-gradients of keys and values), so that hidden tiles and padded rows cost nothing.  Scores are kept in base 2, in
-float32; products run in the dtype of q.  Nothing is atomic: every element has one writer, in a fixed order.
+gradients of keys and values), so that hidden tiles and padded rows cost nothing.  Scores are float32 in units of
+log(2), and so is the saved logarithm of their sum: where one key takes all, its probability comes back as exactly 1.
+Products run in the dtype of q.  Nothing is atomic: every element has one writer, in a fixed order.
 
 The relative term needs, for BLOCK queries from t0 and BLOCK keys from j0, the 2 * BLOCK - 1 rows of ``position`` from
 ``base = Tk - 1 - (t0 + BLOCK - 1) + j0``.  They are taken as two windows of BLOCK rows, "low" from base and "high" from
@@ -25,7 +26,6 @@ from fastflow.ops.attention import dropout_threshold
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2))
 
 # These change from call to call: a new value must not compile a new kernel.
 SIZES = ["queries", "keys", "chunk_size", "left_chunks", "key_offset", "threshold"]
@@ -271,8 +271,7 @@ def attention_forward_kernel(
 
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
     _store(out_ptr, out, row, h, heads, queries, i, HEAD_DIM, BLOCK_D)
-    lse = (top + tl.log2(total)) * LN_2
-    tl.store(lse_ptr + row_and_head.to(tl.int64) * queries + i, lse, mask=i < queries)
+    tl.store(lse_ptr + row_and_head.to(tl.int64) * queries + i, top + tl.log2(total), mask=i < queries)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -342,13 +341,11 @@ def attention_backward_q_kernel(
     v_base = v_ptr + row * stride_vb + h * stride_vh
     grad_base = grad_ptr + row * stride_gb + h * stride_gh
     grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
-    out = _load(
-        out_ptr + row * stride_ob + h * stride_oh, i, first < stop, stride_ot, stride_od, HEAD_DIM, BLOCK_D
-    )
+    out = _load(out_ptr + row * stride_ob + h * stride_oh, i, first < stop, stride_ot, stride_od, HEAD_DIM, BLOCK_D)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     of_query = row_and_head.to(tl.int64) * queries + i
     tl.store(delta_ptr + of_query, delta, mask=i < queries)
-    lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0)
 
     q = _load(q_ptr + row * stride_qb + h * stride_qh, i, first < stop, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
     if position_ptr is not None:
@@ -466,7 +463,7 @@ def attention_backward_kv_kernel(
         q = _load(q_base, i, first < stop, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
         grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
         of_query = row_and_head.to(tl.int64) * queries + i
-        lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0) * LOG2_E
+        lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0)
         delta = tl.load(delta_ptr + of_query, mask=first < stop, other=0.0)
         if position_ptr is not None:
             p_base = position_ptr + h * stride_ph
@@ -476,7 +473,8 @@ def attention_backward_kv_kernel(
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
             low = _dot(q_v, tl.trans(p))
             p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            scores = _dot(q, tl.trans(k)) + _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
+            scores = _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
+            scores += _dot(q, tl.trans(k))
         else:
             scores = _dot(q, tl.trans(k))
         visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
@@ -561,7 +559,7 @@ def attention_backward_position_kernel(
     h = (split_and_head % heads).to(tl.int64)
     diagonal = tl.program_id(0) % diagonals - tiles_q + 1
 
-    # the key furthest to the right sees no further than its chunk, the one furthest to the left no more than left_chunks
+    # a query sees nothing beyond its own chunk to the right, and beyond left_chunks more to the left
     ahead = diagonal * BLOCK - key_offset  # of the first key before the first query
     in_reach = (ahead - BLOCK < chunk_size - 1) & (-ahead - BLOCK < (left_chunks + 1) * chunk_size - 1)
 
@@ -593,7 +591,7 @@ def attention_backward_position_kernel(
             k = _load(k_base, j, j < seen, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
             v = _load(v_base, j, j < seen, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
             of_query = row_and_head.to(tl.int64) * queries + i
-            lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0) * LOG2_E
+            lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0)
             delta = tl.load(delta_ptr + of_query, mask=first < stop, other=0.0)
             q_v = _add_bias(q, bias_v_ptr, h, HEAD_DIM, BLOCK_D)
             q = _add_bias(q, bias_u_ptr, h, HEAD_DIM, BLOCK_D)
@@ -601,7 +599,8 @@ def attention_backward_position_kernel(
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
             low = _dot(q_v, tl.trans(p))
             p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            scores = _dot(q, tl.trans(k)) + _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
+            scores = _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
+            scores += _dot(q, tl.trans(k))
             visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
             _, ds = _probabilities_and_ds(
                 scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
@@ -650,7 +649,7 @@ def _like_heads(x: Tensor) -> Tensor:
 def _numbers(
     q: Tensor, k: Tensor, chunk_size: int, num_left_chunks: int, key_offset: int, scale: float, dropout_p: float
 ) -> tuple[Any, ...]:
-    """The numbers all kernels take.  Without chunks there is one, that holds all; all chunks to the left are a number."""
+    """The numbers all kernels take: without chunks there is one that holds all, and "all to the left" is counted."""
     queries, keys = q.shape[2], k.shape[2]
     frames = max(key_offset + queries, keys, 1)
     chunk_size = min(chunk_size or frames, frames)
@@ -672,7 +671,7 @@ def _positions(rel: tuple[Tensor, ...]) -> tuple[Any, ...]:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, rel: tuple[Tensor, ...], lengths: Tensor | None, rule: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    *numbers, padded_queries, scale, dropout_p, seed = rule
+    chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed = rule
     out = _like_heads(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
@@ -683,7 +682,8 @@ def _forward(
             attention_forward_kernel[grid](
                 out, lse, q, k, v, *tensors, None if lengths is None else lengths.contiguous(), seed,
                 *q.stride(), *k.stride(), *v.stride(), *strides, q.shape[1],
-                *_numbers(q, k, *numbers, scale, dropout_p), PADDED_QUERIES=padded_queries, **config,
+                *_numbers(q, k, chunk_size, num_left_chunks, key_offset, scale, dropout_p),
+                PADDED_QUERIES=padded_queries, **config,
             )  # fmt: skip
     return out, lse
 
@@ -699,7 +699,7 @@ def _backward(
     lengths: Tensor | None,
     rule: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
-    *numbers, padded_queries, scale, dropout_p, seed = rule
+    chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed = rule
     batch, heads, queries, width = q.shape
     config = _config("relative_backward" if rel else "backward", q)
     block = config["BLOCK"]
@@ -710,9 +710,9 @@ def _backward(
     pointers, strides = _positions(rel)
     inputs = (lse, q, k, v, *pointers, None if lengths is None else lengths.contiguous(), seed)
     strides = (*q.stride(), *k.stride(), *v.stride(), *strides)
-    sizes = (heads, *_numbers(q, k, *numbers, scale, dropout_p))
+    sizes = (heads, *_numbers(q, k, chunk_size, num_left_chunks, key_offset, scale, dropout_p))
     options = {"PADDED_QUERIES": padded_queries, **config}
-    grad_u = q.new_empty((batch, heads, tiles_k, width), dtype=torch.float32) if rel else None
+    grad_u = q.new_empty((batch, heads, tiles_k, width) if rel else 0, dtype=torch.float32)
     with torch.cuda.device_of(q):
         if grad_q.numel():
             attention_backward_q_kernel[(batch * heads * tiles_q,)](

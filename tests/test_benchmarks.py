@@ -1,6 +1,8 @@
 """The benchmarks time only what is right, time all providers alike, and write down what the numbers depend on."""
 
+import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -289,11 +291,104 @@ def test_upstream_agrees_where_it_is_importable():
     assert measured["providers"]["cosyvoice"]["status"] == "ok"
 
 
-def test_the_gpu_script_is_sound_and_refuses_unknown_parts():
+# A GPU machine for gpu.sh: every tool is there, says that it worked, and exits with the status in STATUS_<tool>.
+STAND_IN_PYTHON = """#!/bin/bash
+option() { while [[ $1 != "$2" ]]; do set -- "$1" "${@:3}"; done; echo "$3"; }  # NAME ARGUMENTS: what follows NAME
+case "$*" in
+"- "*) exec REAL_PYTHON "$@" ;;                       # reads the report of the tests
+"-m pip"*) exit "${STATUS_pip:-0}" ;;
+"-m pytest"*)
+    for argument; do [[ $argument != --junitxml=* ]] || echo "<t>$REPORT</t>" >"${argument#*=}"; done
+    echo "3 passed"; exit "${STATUS_pytest:-0}" ;;
+"-c "*) echo some-gpu ;;
+benchmarks/run.py*) echo "$@" >"$(option --out "$@")"; exit "${STATUS_run:-0}" ;;
+benchmarks/plot.py*) touch "${2%.json}.png" ;;
+"-") cat >/dev/null; exit "${STATUS_probe:-0}" ;;      # is there a GPU, is fastflow built
+*) exit 99 ;;
+esac
+"""
+STAND_IN_SANITIZER = """#!/bin/bash
+echo "$@"; [[ ${SILENT:-} ]] || echo "3 passed"; [[ ${BROKEN_TOOL:-} != "$2" ]] || exit 99
+"""
+
+
+@pytest.fixture
+def gpu_machine(tmp_path):
+    """Run gpu.sh in a copy of the tree's outline; returns exit status, output, and the files that came out."""
+    for name, text in {
+        "benchmarks/gpu.sh": (BENCHMARKS / "gpu.sh").read_text(),
+        "kernels/__init__.py": "",
+        "kernels/interpolate.py": "",
+        "tests/test_interpolate.py": "",
+        "bin/python": STAND_IN_PYTHON.replace("REAL_PYTHON", sys.executable),
+        "bin/compute-sanitizer": STAND_IN_SANITIZER,
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+
+    def run_script(*arguments: str, **environment: str) -> tuple[int, str, set[str]]:
+        out = tmp_path / "out"
+        paths = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": "python", "OUT": str(out)}
+        process = subprocess.run(
+            ["bash", tmp_path / "benchmarks" / "gpu.sh", *arguments],
+            env={**os.environ, **paths, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return process.returncode, process.stdout, {file.name for file in out.glob("*")}
+
+    return run_script
+
+
+TODAY = datetime.date.today().isoformat()
+
+
+def test_the_gpu_script_runs_all_parts_and_hands_out_what_they_wrote(gpu_machine):
+    status, printed, files = gpu_machine()
+    assert status == 0, printed
+    assert [f"=== {part}: exit status 0" in printed for part in ("build", "tests", "sanitizer", "bench")] == [True] * 4
+    logs = {"memcheck.log", "racecheck.log", "initcheck.log", "synccheck.log"}
+    assert files == {"tests.xml", *logs, f"some-gpu-{TODAY}.json", f"some-gpu-{TODAY}.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        ((), {"STATUS_probe": "1"}),
+        (("build",), {"STATUS_pip": "1"}),
+        (("tests",), {"STATUS_pytest": "1"}),
+        (("tests",), {"REPORT": '<skipped message="not run: this machine has no GPU"/>'}),
+        (("sanitizer",), {"BROKEN_TOOL": "racecheck"}),
+        (("sanitizer", "memcheck"), {"SILENT": "1"}),
+        (("sanitizer", "nocheck"), {}),
+        (("bench",), {"STATUS_run": "1"}),
+        (("bench",), {"STATUS_run": "3"}),
+        ((), {"STATUS_run": "1"}),
+        ((), {"STATUS_pip": "1"}),
+    ],
+    ids=str,
+)
+def test_the_gpu_script_fails_if_anything_fails(gpu_machine, arguments, environment):
+    status, printed, _ = gpu_machine(*arguments, **environment)
+    assert status != 0, printed
+
+
+def test_the_gpu_script_passes_arguments_on(gpu_machine, tmp_path):
+    assert gpu_machine("bench", "v3/*")[0] == 0
+    assert "--only v3/* " in (tmp_path / "out" / f"some-gpu-{TODAY}-v3.json").read_text().replace("\n", " ")
+    assert gpu_machine("sanitizer", "initcheck")[0] == 0
+    log = (tmp_path / "out" / "initcheck.log").read_text()
+    assert "--tool initcheck" in log
+    assert "--kernel-name kns=interpolate" in log
+    assert "tests/test_interpolate.py" in log
+
+
+def test_the_gpu_script_is_sound_and_refuses_unknown_parts(gpu_machine):
     script = BENCHMARKS / "gpu.sh"
-    subprocess.run(["bash", "-n", script], check=True)
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", script], check=True)
-    process = subprocess.run(["bash", script, "no-such-part"], capture_output=True, text=True)
-    assert process.returncode == 2
-    assert "build | tests | sanitizer | bench" in process.stderr
+    status, printed, _ = gpu_machine("no-such-part")
+    assert status == 2
+    assert "build | tests | sanitizer | bench" in printed

@@ -145,6 +145,13 @@ def test_a_storage_saved_twice_counts_once_and_in_full():
     assert saved.bytes == 40 + 40
 
 
+def test_a_small_view_keeps_its_whole_storage():
+    x = torch.ones(10, requires_grad=True)
+    with SavedTensors() as saved:
+        (x * 2)[:3].sin()
+    assert saved.bytes == 40
+
+
 def test_parameters_are_not_saved_bytes():
     linear = nn.Linear(4, 4)
     x = torch.ones(2, 4, requires_grad=True)

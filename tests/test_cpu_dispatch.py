@@ -144,3 +144,15 @@ def test_any_number_in_a_table_is_safe(op: str):
         out = getattr(torch.ops.fastflow, op)(X, torch.tensor([pairs, pairs[::-1]]), [], 8, False)
         assert out.shape == (2, 8, 3)
         assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("channels_first", [False, True], ids=["BTC", "BCT"])
+@pytest.mark.parametrize("empty", range(4), ids=["no rows", "no input", "no output", "no channels"])
+def test_empty_tensors_are_fine(empty: int, channels_first: bool):
+    batch, tokens, frames, channels = (0 if k == empty else n for k, n in enumerate((2, 5, 8, 3)))
+    lengths = [0, 0] if 0 in (tokens, frames) else [5, 8]
+    out = torch.ops.fastflow.interpolate(torch.ones(batch, tokens, channels), None, lengths, frames, channels_first)
+    assert out.shape == ((batch, channels, frames) if channels_first else (batch, frames, channels))
+    grad = torch.ops.fastflow.interpolate_backward(torch.ones_like(out), None, lengths, tokens, channels_first)
+    assert grad.shape == (batch, tokens, channels)
+    assert not lengths[0] or grad.sum() == grad.shape[0] * frames * channels

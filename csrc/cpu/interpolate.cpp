@@ -253,7 +253,7 @@ void backward_tile(const InterpolateArgs& args, int64_t b, int64_t begin, int64_
 
   // Blocks are long in the dimension in which the gradient is contiguous.
   const int64_t longest = grad.channel_stride == 1 ? 8 * kChannels : kChannels;
-  const int64_t width = min_of(longest, ceil_div(args.channels, 4) * 4);
+  const int64_t width = max_of(4, min_of(longest, ceil_div(args.channels, 4) * 4));
   const int64_t height = min_of(kFrames, kElements / width);
   for (int64_t i = begin; i < end; i += height)
     for (int64_t c = 0; c < args.channels; c += width)

@@ -35,6 +35,10 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
+    "attention_forward_kernel": Ceiling(registers=255, shared=64 * KIB),
+    "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
+    "attention_backward_kv_kernel": Ceiling(registers=255, shared=80 * KIB),
+    "attention_backward_position_kernel": Ceiling(registers=255, shared=48 * KIB),
 }
 
 
@@ -72,7 +76,31 @@ def launch_interpolate() -> Iterator[str]:
     yield "odd sizes and strides"
 
 
-LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {"interpolate": launch_interpolate}  # by file in kernels/
+def launch_attention() -> Iterator[str]:
+    """Launch the kernels of attention: the head dimension is 64 in all three models, with dropout in the encoder."""
+    from fastflow.kernels import attention as kernels
+
+    batch, heads, frames, width = 4, 8, 500, 64
+    lengths, seed, lse = _empty(batch, dtype=torch.int64), _empty(1, dtype=torch.int64), _empty(batch, heads, frames)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = _empty(batch, frames, heads, width, dtype=dtype).transpose(1, 2)
+        bias = _empty(heads, width, dtype=dtype)
+        relative = (_empty(heads, 2 * frames - 1, width, dtype=dtype), bias, bias)
+        for dropout_p in (0.0, 0.1) if dtype == torch.bfloat16 else (0.1,):
+            rule = (0, -1, 0, True, 0.125, dropout_p, seed if dropout_p else None)
+            kernels.relative_attention(x, x, x, *relative, lengths, *rule)
+            kernels.relative_attention_backward(x, x, lse, x, x, x, *relative, lengths, *rule)
+            yield f"{dtype} relative{' dropout' if dropout_p else ''}"
+        rule = (0, -1, 0, True, 0.125, 0.0, None)
+        kernels.attention(x, x, x, lengths, *rule)
+        kernels.attention_backward(x, x, lse, x, x, x, lengths, *rule)
+        yield f"{dtype}"
+
+
+LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
+    "interpolate": launch_interpolate,
+    "attention": launch_attention,
+}
 
 
 def _record() -> list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]]:
