@@ -40,7 +40,7 @@ test: $(setup)
 check: $(setup)
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
-	clang-format --dry-run -Werror $(filter %.h %.cpp %.cu,$(sources))
+	clang-format --dry-run -Werror $(filter %.h %.cuh %.cpp %.cu,$(sources))
 	$(python) -m mypy
 
 bench: $(setup)

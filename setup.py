@@ -35,8 +35,8 @@ def find_compiler() -> str | None:
 
 
 def find_tool(name: str) -> str | None:
-    """cmake or ninja, also where pip puts them when the environment is not activated."""
-    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
+    """cmake or ninja, first where pip puts them, also when the environment is not activated."""
+    return shutil.which(name, path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
 
 
 def missing_for_extension() -> str:
