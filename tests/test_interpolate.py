@@ -24,11 +24,12 @@ PATTERNS = {
     "prompt head mid tail": list(cases.inference_segments(9, 47)),
     "longer and shorter": [(17, 5), (3, 29)],
     "padded": [(12, 20), (1, 1), (5, 9)],
-    "per row": torch.tensor([[[20, 34], [17, 30]], [[11, 19], [0, 0]]]),
+    "per row": torch.tensor([[[14, 20], [9, 12]], [[11, 19], [0, 0]]]),
     "per row, four segments": torch.tensor(
-        [[[5, 9], [2, 3], [12, 20], [2, 3]], [[1, 7], [4, 4], [9, 3], [23, 2]], [[0, 0], [1, 1], [0, 0], [30, 40]]]
+        [[[5, 9], [2, 3], [12, 17], [2, 3]], [[1, 7], [4, 4], [9, 3], [20, 2]], [[0, 0], [1, 1], [0, 0], [25, 31]]]
     ),
-    "per row, beyond the tensor": torch.tensor([[[30, 20], [40, 30]], [[-3, 5], [20, 70]], [[9, -1], [60, 10]]]),
+    "per row, beyond the tensor": torch.tensor([[[20, 15], [30, 25]], [[-3, 5], [20, 40]], [[9, -1], [40, 10]]]),
+    "per row, beyond 32 bits": torch.tensor([[[9, 5], [2**32 + 3, 2**32 + 7]], [[-(2**40), -(2**40)], [2**40, 30]]]),
 }
 
 
@@ -36,8 +37,8 @@ def make(pattern, dtype=torch.float32, device="cpu", channels=7):
     """Input, segments and output frames of a pattern; padded patterns leave frames on both sides unused."""
     segments = PATTERNS.get(pattern, pattern)
     if isinstance(segments, torch.Tensor):
-        x = torch.randn(len(segments), 40, channels)
-        return x.to(device, dtype), segments.to(device), 66
+        x = torch.randn(len(segments), 26, channels)
+        return x.to(device, dtype), segments.to(device), 32
     extra = 3 if pattern == "padded" else 0
     x = torch.randn(2, sum(s for s, _ in segments) + extra, channels)
     return x.to(device, dtype), segments, sum(d for _, d in segments) + extra
@@ -51,21 +52,26 @@ def run(x, segments, frames, grad, *, function=interpolate, channels_first=False
     return {"out": out.detach(), "grad_x": grad_x}
 
 
+def row_weights(pairs, in_frames, frames):
+    """The op on one row as a float64 matrix [frames, T], with positions that are exact fractions of integers."""
+    matrix = torch.zeros(frames, in_frames, dtype=torch.float64)
+    src_start = dst_start = 0
+    for src_len, dst_len in pairs:
+        src_len, dst_len = min(max(src_len, 0), in_frames - src_start), max(dst_len, 0)
+        for j in range(min(dst_len, frames - dst_start) if src_len else 0):
+            i0, rest = divmod(max((2 * j + 1) * src_len - dst_len, 0), 2 * dst_len)
+            w = rest / (2 * dst_len)
+            matrix[dst_start + j, src_start + i0] += 1 - w
+            matrix[dst_start + j, src_start + min(i0 + 1, src_len - 1)] += w
+        src_start += src_len
+        dst_start += dst_len
+    return matrix
+
+
 def weights(x, segments, frames):
-    """The op as float64 matrices [B, frames, T], with positions that are exact fractions of integers."""
-    matrices = torch.zeros(x.shape[0], frames, x.shape[1], dtype=torch.float64)
-    for b, matrix in enumerate(matrices):
-        src_start = dst_start = 0
-        for src_len, dst_len in segments[b].tolist() if isinstance(segments, torch.Tensor) else segments:
-            src_len, dst_len = min(max(src_len, 0), x.shape[1] - src_start), max(dst_len, 0)
-            for j in range(min(dst_len, frames - dst_start) if src_len else 0):
-                i0, rest = divmod(max((2 * j + 1) * src_len - dst_len, 0), 2 * dst_len)
-                w = rest / (2 * dst_len)
-                matrix[dst_start + j, src_start + i0] += 1 - w
-                matrix[dst_start + j, src_start + min(i0 + 1, src_len - 1)] += w
-            src_start += src_len
-            dst_start += dst_len
-    return matrices.to(x.device)
+    """The op as float64 matrices [B, frames, T], or [1, frames, T] if the rows share their segments."""
+    rows = segments.tolist() if isinstance(segments, torch.Tensor) else [segments]
+    return torch.stack([row_weights(pairs, x.shape[1], frames) for pairs in rows]).to(x.device)
 
 
 def truth(x, segments, frames, grad, channels_first=False):
@@ -174,6 +180,15 @@ def test_padding_changes_nothing_and_gets_no_gradient(fill, backend, device):
     assert torch.equal(dirty["grad_x"], clean["grad_x"])
     assert not dirty["out"][empty].any()
     assert not dirty["grad_x"][unused].any()
+
+
+def test_nan_spreads_to_the_frames_that_read_it_and_no_further(backend, device):
+    read = weights(torch.zeros(1, 5, 1), [(5, 8)], 8)[0] != 0
+    x, grad = torch.randn(1, 5, 2, device=device), torch.randn(1, 8, 2, device=device)
+    x[0, 3], grad[0, 4] = float("nan"), float("nan")
+    got = run(x, [(5, 8)], 8, grad, backend=backend)
+    assert torch.equal(got["out"].isnan().all(2)[0].cpu(), read[:, 3])
+    assert torch.equal(got["grad_x"].isnan().all(2)[0].cpu(), read[4])
 
 
 def test_lengths_zero(backend, device):
@@ -374,15 +389,15 @@ def test_second_derivative_is_refused(kernel_backend, device):
 
 
 OP_SAMPLES = {
-    "shared": lambda x, grad, rows: ((x, None, [20, 34, 17, 32], 66, False), (grad, None, [20, 34, 17, 32], 40, False)),
-    "per row": lambda x, grad, rows: ((x, rows, [], 66, False), (grad, rows, [], 40, False)),
+    "shared": lambda x, grad, rows: ((x, None, [9, 12, 14, 20], 32, False), (grad, None, [9, 12, 14, 20], 26, False)),
+    "per row": lambda x, grad, rows: ((x, rows, [], 32, False), (grad, rows, [], 26, False)),
     "channels first": lambda x, grad, rows: (
-        (x, rows, [], 66, True),
-        (grad.transpose(1, 2).contiguous(), rows, [], 40, True),
+        (x, rows, [], 32, True),
+        (grad.transpose(1, 2).contiguous(), rows, [], 26, True),
     ),
     "permuted": lambda x, grad, rows: (
-        (poison.permuted(x, 1, 2, 0), rows, [], 66, False),
-        (poison.permuted(grad, 0, 2, 1), rows, [], 40, False),
+        (poison.permuted(x, 1, 2, 0), rows, [], 32, False),
+        (poison.permuted(grad, 0, 2, 1), rows, [], 26, False),
     ),
 }
 
@@ -436,7 +451,7 @@ class Regulate(torch.nn.Module):
         self.backend = backend
 
     def forward(self, x, segments):
-        return interpolate(x, segments, 66, backend=self.backend)
+        return interpolate(x, segments, 32, backend=self.backend)
 
 
 def test_exports_as_one_node(kernel_backend, device):

@@ -30,7 +30,7 @@ MAX_SEGMENTS = 4  # prompt, head, middle, tail
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
 Segments = Sequence[tuple[int, int]] | Tensor
-Length = int | torch.SymInt  # a SymInt while a graph of dynamic lengths is traced
+Length = (int, torch.SymInt)  # a SymInt while a graph of dynamic lengths is traced
 
 # `rows` [B, S, 2] int64 gives each row its own segments; otherwise `shared` (s_0, d_0, s_1, d_1, ...) holds for all.
 _FORWARD = "(Tensor x, Tensor? rows, SymInt[] shared, SymInt frames, bool channels_first) -> Tensor"
