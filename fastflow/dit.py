@@ -101,11 +101,10 @@ class Attention(nn.Module):
             return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         q, k = (rotate_first_head(project(x), *rotary) for project in (self.to_q, self.to_k))
-        out = attention(heads(q), heads(k), heads(self.to_v(x)), lengths, chunk_size).transpose(1, 2).flatten(2)
-        out = self.to_out[1](self.to_out[0](out))
-        # A row of length 0 is not masked, as upstream's repaired attention mask does not mask it.
-        valid = length_mask(lengths, x.shape[1]) | (lengths <= 0)[:, None]
-        return out.masked_fill(~valid[..., None], 0.0)
+        v = self.to_v(x)
+        out = attention(heads(q), heads(k), heads(v), lengths=lengths, chunk_size=chunk_size, padded_queries=False)
+        out = self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
+        return out.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0.0)
 
 
 class FeedForward(nn.Module):

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.ops.attention import length_mask, relative_attention
+from fastflow.ops.attention import RelativePosition, attention, length_mask, upstream_lengths
 
 
 def relative_positions(frames: int, width: int, like: Tensor) -> Tensor:
@@ -37,20 +37,23 @@ class RelPositionMultiHeadedAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
+    ) -> Tensor:
         def heads(y: Tensor) -> Tensor:
             return y.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
 
-        out = relative_attention(
-            heads(self.linear_q(x)),
-            heads(self.linear_k(x)),
-            heads(self.linear_v(x)),
-            heads(self.linear_pos(pos_emb))[0],
-            self.pos_bias_u,
-            self.pos_bias_v,
-            lengths,
-            chunk_size,
-            self.dropout_rate if self.training else 0.0,
+        q, k, v = heads(self.linear_q(x)), heads(self.linear_k(x)), heads(self.linear_v(x))
+        position = heads(self.linear_pos(pos_emb))[0]
+        out = attention(
+            q,
+            k,
+            v,
+            lengths=lengths,
+            chunk_size=chunk_size,
+            rel_pos=RelativePosition(position, self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)),
+            dropout_p=self.dropout_rate if self.training else 0.0,
+            padded_queries=padded_queries,
         )
         return self.linear_out(out.transpose(1, 2).flatten(2))
 
@@ -79,8 +82,10 @@ class ConformerEncoderLayer(nn.Module):
         self.norm_mha = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.norm_mha(x), lengths, chunk_size, pos_emb))
+    def forward(
+        self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.norm_mha(x), lengths, chunk_size, pos_emb, padded_queries))
         return x + self.dropout(self.feed_forward(self.norm_ff(x)))
 
 
@@ -195,8 +200,9 @@ class ConformerEncoder(nn.Module):
             the validity mask ``[B, 1, T]`` bool.
         """
         x, pos_emb = self.embed(xs)
+        lengths = upstream_lengths(xs_lens, xs.shape[1])
         for layer in self.encoders:
-            x = layer(x, xs_lens, self.static_chunk_size, pos_emb)
+            x = layer(x, lengths, self.static_chunk_size, pos_emb)
         return self.after_norm(x), length_mask(xs_lens, xs.shape[1])[:, None]
 
 
@@ -286,9 +292,9 @@ class UpsampleConformerEncoder(ConformerEncoder):
             context, _ = self.embed(context)
         x = self.pre_lookahead_layer(x, context)
         for layer in self.encoders:
-            x = layer(x, xs_lens, chunk, pos_emb)
+            x = layer(x, xs_lens, chunk, pos_emb, padded_queries=False)
         x, pos_emb = self.up_embed(self.up_layer(x))
         lengths = 2 * xs_lens
         for layer in self.up_encoders:
-            x = layer(x, lengths, 2 * chunk, pos_emb)
+            x = layer(x, lengths, 2 * chunk, pos_emb, padded_queries=False)
         return self.after_norm(x), length_mask(lengths, x.shape[1])[:, None]

@@ -97,8 +97,8 @@ class Attention(nn.Module):
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
         )
-        out = attention(q, k, v, lengths, chunk_size).transpose(1, 2).flatten(2)
-        return self.to_out[1](self.to_out[0](out))
+        out = attention(q, k, v, lengths=lengths, chunk_size=chunk_size, padded_queries=False)
+        return self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
 
 
 class GELU(nn.Module):

@@ -1,81 +1,382 @@
-"""Attention whose masks are numbers: key lengths per row and a chunk size, never a mask argument.
+"""Attention whose masks are numbers: key lengths, a chunk size and a limit of chunks to the left, never a tensor.
 
-Query i of row b sees key j if ``j < lengths[b]`` and, with a chunk size c > 0, ``j < (i // c + 1) * c``: all chunks to
-the left and its own.  A row of length 0 sees every key, so that its output is finite; nothing valid depends on it.
+Query i of a row stands at position ``t = key_offset + i``.  It sees key j if
+
+* ``j < lengths[b]``, and
+* with a chunk size c > 0, ``j < (t // c + 1) * c``: its own chunk and all before it, and
+* with ``num_left_chunks`` n >= 0 too, ``j >= (t // c - n) * c``.
+
+With ``padded_queries=False`` the queries at positions from ``lengths[b]`` on see nothing, and cost nothing.  A query
+that sees no key has the output 0 and gives no gradient.  The scores are
+
+    score[i, j] = scale * q_i . k_j                                                     or, with a relative position,
+    score[i, j] = scale * ((q_i + bias_u) . k_j + (q_i + bias_v) . position[Tk - 1 - t + j])
+
+(Transformer-XL, section 3.3, with the table of ESPnet: row m belongs to the distance ``Tk - 1 - m``, so it runs from
+the key furthest to the left to the one furthest to the right).  Dropout acts on the probabilities; whether one is kept
+is a pure function of the seed and its place (:func:`dropout_mask`), so the backward pass recomputes it.
+
+Saved for the backward pass: q, k, v, the output and the logarithm of each query's softmax sum; nothing of size Tq x Tk.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastflow import backend as _backend
+
+HEAD_DIMS = range(8, 257, 8)
+DTYPES = {"triton": _backend.FLOATS - {torch.float64}, "cpu": _backend.FLOATS}
+PHILOX_ROUNDS = 7
 
 
+class RelativePosition(NamedTuple):
+    """The relative position term: ``position`` ``[H, 2*Tk-1, D]``, ``bias_u`` and ``bias_v`` ``[H, D]``."""
+
+    position: Tensor
+    bias_u: Tensor
+    bias_v: Tensor
+
+
+# ------------------------------------------------------------------------------------------------ masks
 def length_mask(lengths: Tensor, frames: int) -> Tensor:
     """``[B, frames]`` bool: whether a frame lies inside its row."""
     return torch.arange(frames, device=lengths.device) < lengths[:, None]
 
 
-def visible_keys(lengths: Tensor, frames: int, chunk_size: int = 0) -> Tensor:
-    """The rule above as a bool tensor ``[B, 1, frames]``, or ``[B, frames, frames]`` with a chunk size."""
-    keys = length_mask(lengths, frames)[:, None, :]
+def upstream_lengths(lengths: Tensor, frames: int) -> Tensor:
+    """Upstream lets a row of length 0 see every key, so that its softmax is finite; as lengths ``[B]``."""
+    return torch.where(lengths > 0, lengths, frames)
+
+
+def visible_keys(
+    lengths: Tensor | None,
+    queries: int,
+    keys: int,
+    chunk_size: int = 0,
+    num_left_chunks: int = -1,
+    key_offset: int = 0,
+    padded_queries: bool = True,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The rule at the top as a bool tensor that broadcasts to ``[B, queries, keys]``."""
+    device = lengths.device if lengths is not None else device
+    j = torch.arange(keys, device=device)
+    t = torch.arange(queries, device=device)[:, None] + key_offset
+    visible = torch.ones(1, 1, keys, dtype=torch.bool, device=device)
+    if lengths is not None:
+        visible = (j < lengths[:, None])[:, None]
+        if not padded_queries:
+            visible = visible & (t < lengths[:, None, None])
     if chunk_size > 0:
-        frame = torch.arange(frames, device=lengths.device)
-        keys = keys & (frame < (frame[:, None] // chunk_size + 1) * chunk_size)
-    return keys | (lengths <= 0)[:, None, None]
+        chunk = t // chunk_size
+        visible = visible & (j < (chunk + 1) * chunk_size)
+        if num_left_chunks >= 0:
+            visible = visible & (j >= (chunk - num_left_chunks) * chunk_size)
+    return visible
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, chunk_size: int = 0) -> Tensor:
-    """Scaled dot-product attention.
+def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
+    """Which probabilities are kept, ``[B, H, Tq, Tk]`` bool; every backend uses this function of place and seed.
 
-    Args:
-        q, k, v: ``[B, H, T, D]``; scores are scaled by ``1 / sqrt(D)``.
-        lengths: ``[B]`` integers, valid keys of each row.
-        chunk_size: frames of a chunk; 0 lets every query see every valid key.
-
-    Returns:
-        ``[B, H, T, D]``; the output of queries past a row's length is finite and meaningless.
+    Philox4x32 (Salmon et al., SC 2011) with 7 rounds, key ``seed`` (64 bits, low word first) and counter
+    ``(j // 4, i, b * H + h, 0)``; word ``j % 4`` of the result, an unsigned integer, keeps the probability if it is at
+    least ``round(dropout_p * 2**32)``.
     """
-    visible = visible_keys(lengths, k.shape[2], chunk_size)[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    word = 0xFFFFFFFF
+    device = seed.device
+    grids = (torch.arange(-(-keys // 4)), torch.arange(queries), torch.arange(batch * heads))
+    c0, c1, c2 = (grid.to(device) for grid in grids)
+    shape = (batch * heads, queries, c0.numel())
+    c0, c1, c2 = c0.expand(shape), c1[:, None].expand(shape), c2[:, None, None].expand(shape)
+    c3 = torch.zeros_like(c0)
+    k0, k1 = seed.view(-1)[0] & word, (seed.view(-1)[0] >> 32) & word
+    for _ in range(PHILOX_ROUNDS):
+        (high0, low0), (high2, low2) = _multiply(c0, 0xD2511F53), _multiply(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    words = torch.stack([c0, c1, c2, c3], -1).flatten(-2)[..., :keys]
+    return (words >= dropout_threshold(dropout_p)).view(batch, heads, queries, keys)
 
 
-def rel_shift(scores: Tensor) -> Tensor:
-    """``[B, H, T, 2T-1]`` scores by relative position -> ``[B, H, T, T]``: entry (i, j) is column ``T-1-i+j``.
-
-    One zero column in front makes every row one element longer than the rows of the result, so reading the buffer
-    with rows of length 2T-1 moves each row one column further than the one before (Transformer-XL, appendix B).
-    """
-    batch, heads, frames, _ = scores.shape
-    padded = F.pad(scores, (1, 0)).view(batch, heads, 2 * frames, frames)
-    return padded[:, :, 1:].reshape(batch, heads, frames, 2 * frames - 1)[..., :frames]
+def dropout_threshold(dropout_p: float) -> int:
+    """Words below it drop; at most 2**32 - 1."""
+    return min(round(dropout_p * 2**32), 2**32 - 1)
 
 
-def relative_attention(
+def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit words held in int64 (whose product would overflow)."""
+    low = (x & 0xFFFF) * factor
+    high = (x >> 16) * factor + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+# ------------------------------------------------------------------------------------------------ reference
+def rel_shift(scores: Tensor, queries: int, keys: int, key_offset: int = 0) -> Tensor:
+    """``[..., Tq, 2*Tk-1]`` scores by distance -> ``[..., Tq, Tk]``: (i, j) is column ``Tk-1-(key_offset+i)+j``."""
+    i = torch.arange(queries, device=scores.device)[:, None] + key_offset
+    column = keys - 1 - i + torch.arange(keys, device=scores.device)
+    return scores.gather(-1, column.expand(*scores.shape[:-1], keys))
+
+
+def attention_ref(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    position: Tensor,
-    bias_u: Tensor,
-    bias_v: Tensor,
-    lengths: Tensor,
+    *,
+    lengths: Tensor | None = None,
     chunk_size: int = 0,
+    num_left_chunks: int = -1,
+    rel_pos: RelativePosition | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    key_offset: int = 0,
+    padded_queries: bool = True,
+    scale: float | None = None,
 ) -> Tensor:
-    """Attention with the relative position term of Transformer-XL, as the conformer uses it.
+    """The same as :func:`attention` in plain PyTorch, with every score in memory.
 
-    ``score[i, j] = ((q_i + bias_u) . k_j + (q_i + bias_v) . position[T-1-i+j]) / sqrt(D)``
+    Without a seed the probabilities go through torch's own dropout.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if rel_pos is None:
+        scores = q @ k.transpose(2, 3)
+    else:
+        position, bias_u, bias_v = rel_pos
+        scores = (q + bias_u[:, None]) @ k.transpose(2, 3)
+        relative = (q + bias_v[:, None]) @ position.transpose(1, 2)
+        scores = scores + rel_shift(relative, queries, keys, key_offset)
+    rule = (lengths, queries, keys, chunk_size, num_left_chunks, key_offset, padded_queries, q.device)
+    hidden = ~visible_keys(*rule)[:, None]
+    scores = (scores * scale).masked_fill(hidden, float("-inf"))
+    # A row without any key would be 0 / 0: softmax sees zeros there, and its result is replaced.
+    empty = hidden.all(-1, keepdim=True)
+    probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(hidden, 0.0)
+    if dropout_p and seed is None:
+        probabilities = torch.nn.functional.dropout(probabilities, dropout_p)
+    elif dropout_p and seed is not None:
+        keep = dropout_mask(seed, q.shape[0], q.shape[1], queries, keys, dropout_p)
+        probabilities = probabilities * keep / (1 - dropout_p)
+    return probabilities @ v
+
+
+# ------------------------------------------------------------------------------------------------ fused
+# Results have the layout [B, T, H, D] in memory, seen as [B, H, T, D], so that heads merge without a copy.
+_RULE = (
+    "Tensor? lengths, SymInt chunk_size, SymInt num_left_chunks, SymInt key_offset, bool padded_queries, "
+    "float scale, float dropout_p, Tensor? seed"
+)
+_REL = "Tensor position, Tensor bias_u, Tensor bias_v, "
+_SCHEMAS = {
+    "attention": f"(Tensor q, Tensor k, Tensor v, {_RULE}) -> (Tensor, Tensor)",
+    "attention_backward": (
+        f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_RULE}) -> (Tensor, Tensor, Tensor)"
+    ),
+    "relative_attention": f"(Tensor q, Tensor k, Tensor v, {_REL}{_RULE}) -> (Tensor, Tensor)",
+    "relative_attention_backward": (
+        f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_REL}{_RULE}) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+}
+
+
+def _like_heads(x: Tensor) -> Tensor:
+    batch, heads, frames, width = x.shape
+    return x.new_empty((batch, frames, heads, width)).transpose(1, 2)
+
+
+def _forward_fake(q, k, v, *rest):  # type: ignore[no-untyped-def]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return _like_heads(q), q.new_empty(q.shape[:3], dtype=wide)
+
+
+def _backward_fake(grad, out, lse, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return _like_heads(q), _like_heads(k), _like_heads(v)
+
+
+def _relative_backward_fake(grad, out, lse, q, k, v, position, bias_u, bias_v, *rest):  # type: ignore[no-untyped-def]
+    parameters = (x.new_empty(x.shape) for x in (position, bias_u, bias_v))
+    return *_backward_fake(grad, out, lse, q, k, v), *parameters
+
+
+_FAKES: dict[str, Callable] = {
+    "attention": _forward_fake,
+    "attention_backward": _backward_fake,
+    "relative_attention": _forward_fake,
+    "relative_attention_backward": _relative_backward_fake,
+}
+
+
+def _triton(name: str):  # type: ignore[no-untyped-def]
+    def launch(*args):  # type: ignore[no-untyped-def]
+        from fastflow.kernels import attention as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
+for _name, _schema in _SCHEMAS.items():  # the C++ module implements those without a suffix, for CPU
+    for _suffix in ("", "_triton"):
+        torch.library.define(f"fastflow::{_name}{_suffix}", _schema)
+        torch.library.register_fake(f"fastflow::{_name}{_suffix}", _FAKES[_name])
+    for _device in ("cpu", "cuda"):
+        torch.library.impl(f"fastflow::{_name}_triton", _device, _triton(_name))
+
+
+def _op(name: str, backend: str):  # type: ignore[no-untyped-def]
+    return _OPS[f"{name}_triton" if backend == "triton" else name]
+
+
+_OPS = {
+    name: getattr(torch.ops.fastflow, name).default
+    for name in (f"{op}{suffix}" for op in _SCHEMAS for suffix in ("", "_triton"))
+}
+
+
+class AttentionFunction(torch.autograd.Function):
+    """``tensors`` is (q, k, v) or (q, k, v, position, bias_u, bias_v); ``rule`` the numbers of the schema."""
+
+    @staticmethod
+    def forward(backend, rule, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
+        name = "attention" if len(tensors) == 3 else "relative_attention"
+        return _op(name, backend)(*tensors, lengths, *rule, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        ctx.backend, ctx.rule, lengths, seed, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(lengths, seed, *output, *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+        lengths, seed, out, lse, *tensors = ctx.saved_tensors
+        name = "attention_backward" if len(tensors) == 3 else "relative_attention_backward"
+        grads = _op(name, ctx.backend)(grad, out, lse, *tensors, lengths, *ctx.rule, seed)
+        return None, None, None, None, *grads
+
+
+# ------------------------------------------------------------------------------------------------ public
+def _check_relative(q: Tensor, k: Tensor, rel_pos: RelativePosition) -> None:
+    heads, width = q.shape[1], q.shape[3]
+    wanted = {
+        "rel_pos.position": (heads, 2 * k.shape[2] - 1, width),
+        "rel_pos.bias_u": (heads, width),
+        "rel_pos.bias_v": (heads, width),
+    }
+    for (name, shape), x in zip(wanted.items(), rel_pos, strict=True):
+        if x.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor | None,
+    chunk_size: int,
+    num_left_chunks: int,
+    rel_pos: RelativePosition | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    key_offset: int,
+) -> None:
+    """Validate the arguments without reading device memory."""
+    if q.dim() != 4 or q.dtype not in _backend.FLOATS:
+        raise ValueError(f"q must have shape [B, H, Tq, D] and a floating dtype, got {list(q.shape)} {q.dtype}")
+    if q.shape[3] not in HEAD_DIMS:
+        raise ValueError(f"the head dimension must be a multiple of 8 up to 256, got {q.shape[3]}")
+    if k.dim() != 4 or k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"k must have shape {[*q.shape[:2], 'Tk', q.shape[3]]}, got {list(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have the shape of k, {list(k.shape)}, got {list(v.shape)}")
+    if rel_pos is not None:
+        _check_relative(q, k, rel_pos)
+        if key_offset + q.shape[2] > k.shape[2]:
+            end = key_offset + q.shape[2]
+            raise ValueError(f"with rel_pos, key_offset + Tq must be at most Tk {k.shape[2]}, got {end}")
+    tensors = {"k": k, "v": v, **(rel_pos._asdict() if rel_pos is not None else {})}
+    for name, x in tensors.items():
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}")
+    if lengths is not None:
+        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"lengths must be int32 or int64 of shape [{q.shape[0]}], got {list(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device != q.device:
+            raise ValueError(f"lengths is on {lengths.device} but q is on {q.device}")
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size must be >= 0, where 0 means no chunks; got {chunk_size}")
+    if num_left_chunks >= 0 and chunk_size == 0:
+        raise ValueError(f"num_left_chunks {num_left_chunks} needs a chunk_size > 0")
+    if key_offset < 0:
+        raise ValueError(f"key_offset must be >= 0, got {key_offset}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
+    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
+        raise ValueError(f"seed must be one int64 on {q.device}, got {list(seed.shape)} {seed.dtype} on {seed.device}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    chunk_size: int = 0,
+    num_left_chunks: int = -1,
+    rel_pos: RelativePosition | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    key_offset: int = 0,
+    padded_queries: bool = True,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention with the masks and the position term described at the top of this file.
 
     Args:
-        q, k, v: ``[B, H, T, D]``.
-        position: ``[H, 2T-1, D]``, projected encodings of the distances T-1 down to -(T-1).
-        bias_u, bias_v: ``[H, D]``.
-        lengths, chunk_size: as in :func:`attention`.
-        dropout_p: dropout of the probabilities.
+        q: ``[B, H, Tq, D]``, float32, float64, float16 or bfloat16, any strides; D a multiple of 8 up to 256.
+        k, v: ``[B, H, Tk, D]``.
+        lengths: ``[B]`` int32 or int64 valid keys of each row, never read on the host; None: all.
+        chunk_size: frames of a chunk; 0: no chunks.
+        num_left_chunks: chunks seen to the left of a query's own; negative: all.
+        rel_pos: the relative position term, or None.
+        dropout_p: share of the probabilities to drop, in [0, 1).
+        seed: ``[1]`` int64 that decides which; None draws one from torch's generator on the device (the reference
+            then uses torch's own dropout).
+        key_offset: position of the first query among the keys, for queries that continue cached keys.
+        padded_queries: whether queries past a row's length are computed like the others, as the length regulator of
+            CosyVoice 1 wants it; False skips them, their output is 0.
+        scale: of the scores; None: ``1 / sqrt(D)``.
+        backend: ``auto`` (None takes the one in force), ``reference``, ``cpu`` or ``triton``.
 
     Returns:
-        ``[B, H, T, D]``.
+        ``[B, H, Tq, D]`` of the dtype of q.  Softmax and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: arguments that do not fit, by name.
+        RuntimeError: the chosen backend cannot run here, with the reason.
     """
-    content = (q + bias_u[:, None]) @ k.transpose(2, 3)
-    relative = rel_shift((q + bias_v[:, None]) @ position.transpose(1, 2))
-    hidden = ~visible_keys(lengths, k.shape[2], chunk_size)[:, None]
-    scores = ((content + relative) * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
-    return F.dropout(scores.softmax(-1), dropout_p) @ v if dropout_p else scores.softmax(-1) @ v
+    _check(q, k, v, lengths, chunk_size, num_left_chunks, rel_pos, dropout_p, seed, key_offset)
+    chosen = _backend.select("attention", q, DTYPES, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return attention_ref(
+            q, k, v, lengths=lengths, chunk_size=chunk_size, num_left_chunks=num_left_chunks, rel_pos=rel_pos,
+            dropout_p=dropout_p, seed=seed, key_offset=key_offset, padded_queries=padded_queries, scale=scale,
+        )  # fmt: skip
+    if dropout_p and seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+    tensors = (q, k, v) if rel_pos is None else (q, k, v, *rel_pos)
+    rule = (chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p)
+    seed = seed if dropout_p else None
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)[0]
+    return _op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]

@@ -26,8 +26,8 @@ from torch import Tensor
 import fastflow
 from fastflow import dit, encoder, flow, unet
 from fastflow.length_regulator import mel_frames
-from fastflow.ops import attention as masks
-from fastflow.ops import interpolate
+from fastflow.ops.attention import length_mask, rel_shift, upstream_lengths, visible_keys
+from fastflow.ops.interpolate import interpolate
 
 SOLVER = {"v1": fastflow.ConditionalCFM, "v2": fastflow.CausalConditionalCFM, "v3": fastflow.CausalConditionalCFM}
 ESTIMATOR = {"v1": fastflow.ConditionalDecoder, "v2": fastflow.CausalConditionalDecoder, "v3": fastflow.DiT}
@@ -332,18 +332,21 @@ def _flow_train(case: Case) -> Results:
 # ------------------------------------------------------------------------------------------------ building blocks
 def _parts_masks(case: Case) -> Results:
     lens, size = case.input("lens"), case.config["args"]["size"]
-    full, empty_row = torch.full((1,), size), torch.tensor([size, 0])
+    full = torch.tensor([size])
+    repaired = upstream_lengths(torch.tensor([size, 0]), size)
     results = {
-        "pad_mask": ~masks.length_mask(lens, size),
-        "pad_mask_longer": ~masks.length_mask(lens, size + 3),
-        "full_and_pad": masks.visible_keys(lens, size),
-        "full_repeat_bias": (~masks.visible_keys(lens, size)).double().expand(-1, size, -1) * -1e10,
-        "row_all_false_full": masks.visible_keys(empty_row, size),
-        "row_all_false_chunk": masks.visible_keys(empty_row, size, 2),
+        "pad_mask": ~length_mask(lens, size),
+        "pad_mask_longer": ~length_mask(lens, size + 3),
+        "full_and_pad": visible_keys(lens, size, size),
+        "full_repeat_bias": (~visible_keys(lens, size, size)).double().expand(-1, size, -1) * -1e10,
+        "row_all_false_full": visible_keys(repaired, size, size),
     }
     for chunk in case.config["args"]["chunks"]:
-        results[f"chunk_mask_{chunk}"] = masks.visible_keys(full, size, chunk)[0]
-        results[f"chunk_and_pad_{chunk}"] = masks.visible_keys(lens, size, chunk)
+        results[f"chunk_mask_{chunk}"] = visible_keys(full, size, size, chunk)[0]
+        results[f"chunk_and_pad_{chunk}"] = visible_keys(lens, size, size, chunk)
+    # Upstream lets the empty row see every key here too; nothing reads it, so ours keeps its chunks.
+    empty = visible_keys(repaired, size, size, 2)
+    results["row_all_false_chunk"] = torch.cat([empty[:1], torch.ones_like(empty[1:])])
     return results
 
 
@@ -375,7 +378,7 @@ def _parts_conformer(case: Case) -> Results:
     results = {
         "pos_x": x * math.sqrt(width),
         "pos_emb": position,
-        "rel_shift_of_arange": masks.rel_shift(count),
+        "rel_shift_of_arange": rel_shift(count, frames, frames),
         "ff": ff(x),
         "embed": embed(x)[0],
         "up": up(x).transpose(1, 2),
@@ -531,11 +534,13 @@ def _limit(case: Case, noise: float, gradient: bool, stored32: bool) -> float:
 
 
 def _what_matters(case: Case, name: str) -> np.ndarray | bool:
-    """Padded outputs of the v2 encoder and of DiT, and padded mu of v2 and v3, are never read."""
+    """Padding that nothing reads: outputs of the v2 encoder, DiT and the U-Net's transformers; mu of v2 and v3."""
     if name == "out.y" and case.config["kind"] == "v3.estimator":
         return case.arrays["in.mask"] > 0
     if name == "out.h" and case.version == "v2":
         return case.arrays["out.masks"].transpose(0, 2, 1)
+    if name == "out.tf":  # nothing reads a U-Net transformer's output at padding
+        return case.arrays["in.mask"].transpose(0, 2, 1) > 0
     if name == "out.mu" and case.version != "v1":
         return case.arrays["out.mask"] > 0
     return True
