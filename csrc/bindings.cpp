@@ -6,9 +6,14 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <atomic>
+#include <cmath>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
+#include "attention.h"
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "interpolate.h"
@@ -140,6 +145,227 @@ Tensor interpolate_backward_cpu(const Tensor& grad, std::optional<Tensor> rows, 
                  prepare_backward(grad, rows, shared, in_frames, channels_first));
 }
 
+// ------------------------------------------------------------------------------------------------ attention
+using OptionalTensor = std::optional<Tensor>;
+
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return text + "]";
+}
+
+void check_tensor(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " must be on the CPU");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " must have the dtype that belongs to q's");
+  bool fits = x.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(d) == shape[d];
+  STD_TORCH_CHECK(fits, name, " must have shape ", shape_text(shape));
+}
+
+Heads heads_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
+Heads table_of(const Tensor& x) { return {x.data_ptr(), 0, x.stride(0), x.stride(1), x.stride(2)}; }
+Heads bias_of(const Tensor& x) { return {x.data_ptr(), 0, x.stride(0), 0, x.stride(1)}; }
+
+// The numbers of the schema, in its order.
+struct Rule {
+  OptionalTensor lengths;
+  int64_t chunk_size, num_left_chunks, key_offset;
+  bool padded_queries;
+  double scale, dropout_p;
+  OptionalTensor seed;
+};
+
+// The tensors of the relative position term.
+struct Relative {
+  Tensor position, bias_u, bias_v;
+};
+
+void set_rule(const Rule& rule, AttentionArgs& args) {
+  constexpr int64_t kFar = int64_t{1} << 60;  // positions and their sums do not overflow
+  STD_TORCH_CHECK(rule.chunk_size >= 0, "chunk_size must be >= 0, got ", rule.chunk_size);
+  STD_TORCH_CHECK(rule.num_left_chunks < 0 || rule.chunk_size > 0, "num_left_chunks needs a chunk_size > 0");
+  STD_TORCH_CHECK(rule.key_offset >= 0 && rule.key_offset < kFar, "key_offset must be >= 0 and below 2**60, got ",
+                  rule.key_offset);
+  STD_TORCH_CHECK(rule.dropout_p >= 0 && rule.dropout_p < 1, "dropout_p must lie in [0, 1), got ", rule.dropout_p);
+  if (rule.lengths) {
+    const ScalarType dtype = rule.lengths->scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
+    check_tensor("lengths", *rule.lengths, {args.batch}, dtype);
+    args.lengths = rule.lengths->data_ptr();
+    args.lengths_are_64_bit = dtype == ScalarType::Long;
+    args.lengths_stride = rule.lengths->stride(0);
+  }
+  args.chunk_size = min_of(rule.chunk_size, kFar);
+  args.num_left_chunks = rule.num_left_chunks;
+  args.key_offset = rule.key_offset;
+  args.padded_queries = rule.padded_queries;
+  args.scale = rule.scale;
+  args.dropout = rule.dropout_p > 0;
+  if (!args.dropout) return;
+  STD_TORCH_CHECK(rule.seed, "dropout needs a seed");
+  STD_TORCH_CHECK(rule.seed->is_cpu() && rule.seed->scalar_type() == ScalarType::Long && rule.seed->numel() == 1,
+                  "seed must be one int64 on the CPU");
+  args.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(rule.seed->data_ptr()));
+  args.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(rule.dropout_p * 0x1p32), 0xFFFFFFFFp0));
+  args.dropout_scale = 1 / (1 - rule.dropout_p);
+}
+
+AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Relative>& relative,
+                             const Rule& rule) {
+  STD_TORCH_CHECK(q.is_cpu() && q.dim() == 4, "q must have shape [B, H, Tq, D] and be on the CPU");
+  STD_TORCH_CHECK(k.dim() == 4, "k must have shape [B, H, Tk, D]");
+  dtype_of(q);
+  AttentionArgs args{};
+  args.batch = q.size(0), args.heads = q.size(1), args.queries = q.size(2), args.width = q.size(3);
+  args.keys = k.size(2);
+  STD_TORCH_CHECK(args.width > 0 && args.width <= kMaxWidth && args.width % 8 == 0,
+                  "the head dimension must be a multiple of 8 up to ", kMaxWidth, ", got ", args.width);
+  const ScalarType dtype = q.scalar_type();
+  const std::vector<int64_t> key_shape = {args.batch, args.heads, args.keys, args.width};
+  check_tensor("k", k, key_shape, dtype);
+  check_tensor("v", v, key_shape, dtype);
+  args.q = heads_of(q), args.k = heads_of(k), args.v = heads_of(v);
+  set_rule(rule, args);
+  if (relative) {
+    check_tensor("position", relative->position, {args.heads, 2 * args.keys - 1, args.width}, dtype);
+    check_tensor("bias_u", relative->bias_u, {args.heads, args.width}, dtype);
+    check_tensor("bias_v", relative->bias_v, {args.heads, args.width}, dtype);
+    STD_TORCH_CHECK(args.key_offset + args.queries <= args.keys,
+                    "with a relative position, key_offset + Tq must be at most Tk ", args.keys, ", got ",
+                    args.key_offset + args.queries);
+    args.relative = true;
+    args.position = table_of(relative->position);
+    args.bias_u = bias_of(relative->bias_u), args.bias_v = bias_of(relative->bias_v);
+  }
+  return args;
+}
+
+// [B, H, T, D], in memory [B, T, H, D].
+Tensor new_heads(const Tensor& like) {
+  Tensor memory = torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)});
+  return torch::stable::transpose(memory, 1, 2);
+}
+
+using AttentionKernel = decltype(cpu::Kernels::attention_forward);
+
+void run_attention(AttentionKernel kernel, const AttentionArgs& args, const Tensor& q, int64_t tasks, bool backward) {
+  if (tasks == 0) return;
+  const Dtype dtype = dtype_of(q);
+  const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
+  const int64_t elements = cpu::kernels().attention_workspace(args, dtype, backward);
+  const Tensor workspace = torch::stable::new_empty(q, {threads, elements}, wide_type(q));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    kernel(args, dtype, static_cast<char*>(workspace.data_ptr()) + begin * elements * workspace.element_size(), next);
+  });
+}
+
+std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const std::optional<Relative>& relative, const Rule& rule) {
+  AttentionArgs args = attention_args(q, k, v, relative, rule);
+  Tensor out = new_heads(q);
+  Tensor lse = torch::stable::new_empty(q, {args.batch, args.heads, args.queries}, wide_type(q));
+  args.out = heads_of(out);
+  args.lse = lse.data_ptr();
+  // A row and head is one task, which reads its keys once; only where these are few are their queries divided.
+  const int64_t heads = args.batch * args.heads, threads = torch::stable::get_num_threads();
+  args.query_chunks = heads > 0 && heads < threads ? ceil_div(2 * threads, heads) : 1;
+  run_attention(cpu::kernels().attention_forward, args, q, heads * args.query_chunks, false);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v, OptionalTensor lengths,
+                                         int64_t chunk_size, int64_t num_left_chunks, int64_t key_offset,
+                                         bool padded_queries, double scale, double dropout_p, OptionalTensor seed) {
+  return attend(q, k, v, {},
+                {lengths, chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed});
+}
+
+std::tuple<Tensor, Tensor> relative_attention_cpu(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                  const Tensor& position, const Tensor& bias_u, const Tensor& bias_v,
+                                                  OptionalTensor lengths, int64_t chunk_size, int64_t num_left_chunks,
+                                                  int64_t key_offset, bool padded_queries, double scale,
+                                                  double dropout_p, OptionalTensor seed) {
+  return attend(q, k, v, Relative{position, bias_u, bias_v},
+                {lengths, chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed});
+}
+
+// What the backward pass gets from the forward pass, and its gradient.
+struct Saved {
+  Tensor grad, out, lse;
+};
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
+// Sets what the two backward passes share; the results are the gradients of q, k and v.
+Gradients set_backward(const Tensor& q, const Tensor& k, const Saved& saved, AttentionArgs& args) {
+  const std::vector<int64_t> shape = {args.batch, args.heads, args.queries, args.width};
+  check_tensor("grad", saved.grad, shape, q.scalar_type());
+  check_tensor("out", saved.out, shape, q.scalar_type());
+  check_tensor("lse", saved.lse, {args.batch, args.heads, args.queries}, wide_type(q));
+  STD_TORCH_CHECK(saved.lse.is_contiguous(), "lse must be contiguous");
+  args.grad = heads_of(saved.grad), args.out = heads_of(saved.out);
+  args.lse = saved.lse.data_ptr();
+  Gradients grads = {new_heads(q), new_heads(k), new_heads(k)};
+  args.grad_q = heads_of(std::get<0>(grads));
+  args.grad_k = heads_of(std::get<1>(grads));
+  args.grad_v = heads_of(std::get<2>(grads));
+  return grads;
+}
+
+Gradients attention_backward_cpu(const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q,
+                                 const Tensor& k, const Tensor& v, OptionalTensor lengths, int64_t chunk_size,
+                                 int64_t num_left_chunks, int64_t key_offset, bool padded_queries, double scale,
+                                 double dropout_p, OptionalTensor seed) {
+  const Rule rule = {lengths, chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed};
+  AttentionArgs args = attention_args(q, k, v, {}, rule);
+  const Gradients grads = set_backward(q, k, {grad, out, lse}, args);
+  args.groups = args.batch;
+  run_attention(cpu::kernels().attention_backward, args, q, args.groups * args.heads, true);
+  return grads;
+}
+
+// The sum over groups, in their order: [groups, ...] -> the rest, in the dtype of `like`.
+Tensor sum_groups(const void* sums, int64_t groups, const Tensor& like) {
+  Tensor result = torch::stable::new_empty(like, like.sizes());
+  const int64_t count = result.numel();
+  torch::stable::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
+    cpu::kernels().attention_sum(sums, groups, count, dtype_of(like), result.data_ptr(), begin, end);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_attention_backward_cpu(
+    const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& position, const Tensor& bias_u, const Tensor& bias_v, OptionalTensor lengths, int64_t chunk_size,
+    int64_t num_left_chunks, int64_t key_offset, bool padded_queries, double scale, double dropout_p,
+    OptionalTensor seed) {
+  constexpr int64_t kTasks =
+      64;  // enough for any CPU's threads; each costs a copy of the gradient of a head's position
+  const Rule rule = {lengths, chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed};
+  AttentionArgs args = attention_args(q, k, v, Relative{position, bias_u, bias_v}, rule);
+  const auto [grad_q, grad_k, grad_v] = set_backward(q, k, {grad, out, lse}, args);
+  args.groups = min_of(args.batch, ceil_div(kTasks, max_of(1, args.heads)));
+  const Tensor position_sums =
+      torch::stable::new_empty(q, {args.groups, args.heads, 2 * args.keys - 1, args.width}, wide_type(q));
+  const Tensor bias_sums = torch::stable::new_empty(q, {2, args.groups, args.heads, args.width}, wide_type(q));
+  args.position_sums = position_sums.data_ptr();
+  args.bias_sums = bias_sums.data_ptr();
+  run_attention(cpu::kernels().attention_backward, args, q, args.groups * args.heads, true);
+  const char* bias_u_sums = static_cast<const char*>(bias_sums.data_ptr());
+  const char* bias_v_sums = bias_u_sums + bias_sums.numel() / 2 * bias_sums.element_size();
+  return {grad_q,
+          grad_k,
+          grad_v,
+          sum_groups(position_sums.data_ptr(), args.groups, position),
+          sum_groups(bias_u_sums, args.groups, bias_u),
+          sum_groups(bias_v_sums, args.groups, bias_v)};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -183,6 +409,10 @@ Tensor interpolate_backward_cuda(const Tensor& grad, std::optional<Tensor> rows,
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cpu));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cpu));
+  m.impl("attention", TORCH_BOX(&attention_cpu));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
+  m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
+  m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
 }
 
 #ifdef FASTFLOW_CUDA

@@ -8,7 +8,14 @@
 namespace fastflow::cpu {
 namespace {
 
-#define FASTFLOW_TABLE(capability) {#capability, &capability::interpolate_forward, &capability::interpolate_backward}
+#define FASTFLOW_TABLE(capability)    \
+  {#capability,                       \
+   &capability::interpolate_forward,  \
+   &capability::interpolate_backward, \
+   &capability::attention_workspace,  \
+   &capability::attention_forward,    \
+   &capability::attention_backward,   \
+   &capability::attention_sum}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

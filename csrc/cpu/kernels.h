@@ -1,18 +1,25 @@
-// The CPU kernels, one table per instruction set.  A kernel works on a range of tiles, so the caller brings the
+// The CPU kernels, one table per instruction set.  A kernel works on a part of the whole, so the caller brings the
 // threads.
 #pragma once
 
+#include <atomic>
 #include <string>
 #include <vector>
 
+#include "../attention.h"
 #include "../interpolate.h"
 
 namespace fastflow::cpu {
 
-#define FASTFLOW_DECLARE_KERNELS(capability)                                                                  \
-  namespace capability {                                                                                      \
-  void interpolate_forward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);  \
-  void interpolate_backward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile); \
+#define FASTFLOW_DECLARE_KERNELS(capability)                                                                    \
+  namespace capability {                                                                                        \
+  void interpolate_forward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);    \
+  void interpolate_backward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);   \
+  int64_t attention_workspace(const AttentionArgs& args, Dtype dtype, bool backward);                           \
+  void attention_forward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);  \
+  void attention_backward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next); \
+  void attention_sum(const void* sums, int64_t groups, int64_t count, Dtype dtype, void* result, int64_t begin, \
+                     int64_t end);                                                                              \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -23,6 +30,13 @@ struct Kernels {
   const char* capability;
   decltype(&baseline::interpolate_forward) interpolate_forward;
   decltype(&baseline::interpolate_backward) interpolate_backward;
+  // Elements (of the type of lse) of the workspace that each thread of the two below needs.
+  decltype(&baseline::attention_workspace) attention_workspace;
+  // Take task after task, by `next`, until none is left: every thread calls it with a workspace of its own.
+  decltype(&baseline::attention_forward) attention_forward;
+  decltype(&baseline::attention_backward) attention_backward;
+  // result[n] = sum over groups of sums[group * count + n], for n in [begin, end).
+  decltype(&baseline::attention_sum) attention_sum;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.
