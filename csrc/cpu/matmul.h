@@ -31,10 +31,10 @@ struct Panels {
 // The memory of a left matrix: one row after the other, or one column after the other.
 enum class Left { rows, columns };
 
-// c (+)= a b for `rows` rows and kColumns columns.
+// c (+)= a b for `rows` rows and kColumns columns.  Inside a larger function the sums would not stay in registers.
 template <Left layout, int64_t rows, typename Real>
-inline void multiply_tile(const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int64_t depth, Real* c,
-                          int64_t c_stride, bool accumulate) {
+[[gnu::noinline]] void multiply_tile(const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int64_t depth,
+                                     Real* c, int64_t c_stride, bool accumulate) {
   Vector<Real> sums[rows][2] = {};
   if (accumulate)
 #pragma GCC unroll 16
