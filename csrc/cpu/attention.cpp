@@ -171,11 +171,13 @@ struct Queries {
       : content(arena, rows, args.width), relative(args.relative ? Matrix<Real>(arena, rows, args.width) : content) {}
 };
 
-// A query that sees no key is read as zero: whatever it holds, even NaN, reaches no gradient.
+// The queries times the scale of the scores.  One that sees no key is read as zero: whatever it holds, even NaN,
+// reaches no gradient.
 template <typename T>
 void read_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t first, int64_t count, Queries<Wide<T>> to) {
   using Real = Wide<T>;
   const int64_t length = length_of(args, b);
+  const Real scale = static_cast<Real>(args.scale);
   Real bias_u[kMaxWidth], bias_v[kMaxWidth];
   if (args.relative) {
     read_frame(frame_at<T>(args.bias_u, 0, h, 0), args.bias_u.channel_stride, args.width, bias_u);
@@ -187,9 +189,12 @@ void read_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t first
     const Range keys = visible_keys(args, length, first + i);
     if (keys.begin >= keys.end) continue;
     read_frame(frame_at<T>(args.q, b, h, first + i), args.q.channel_stride, args.width, content);
-    if (!args.relative) continue;
-    for (int64_t d = 0; d < args.width; ++d) relative[d] = content[d] + bias_v[d];
-    add(bias_u, args.width, content);
+    if (args.relative) {
+      for (int64_t d = 0; d < args.width; ++d) relative[d] = (content[d] + bias_v[d]) * scale;
+      for (int64_t d = 0; d < args.width; ++d) content[d] = (content[d] + bias_u[d]) * scale;
+    } else {
+      for (int64_t d = 0; d < args.width; ++d) content[d] *= scale;
+    }
   }
 }
 
@@ -212,7 +217,8 @@ inline int64_t position_of(const AttentionArgs& args, const Span& span) {
   return args.keys - 1 - (args.key_offset + span.query) + span.key;
 }
 
-// The terms of a tile before scaling.  `keys` starts at the span's first key; `position` at row `first_position`.
+// The scores of a tile, also where they are hidden.  `keys` starts at the span's first key; `position` at row
+// `first_position`.
 template <typename Real>
 void find_scores(const AttentionArgs& args, const Span& span, const Queries<Real>& queries, int64_t first_query,
                  Panels<Real> keys, const Transposed<Real>& position, int64_t first_position,
@@ -234,10 +240,15 @@ void find_scores(const AttentionArgs& args, const Span& span, const Queries<Real
     }
 }
 
+// Whether a vector of columns lies in the range.
+template <typename Real>
+inline bool is_inside(const Range& range, int64_t column) {
+  return range.begin <= column && column + kLanes<Real> <= range.end;
+}
+
 // x where a column lies in the range, else `other`.
 template <typename Real>
-Vector<Real> where_inside(const Range& range, int64_t column, Vector<Real> x, Real other) {
-  if (range.begin <= column && column + kLanes<Real> <= range.end) return x;
+inline Vector<Real> where_inside(const Range& range, int64_t column, Vector<Real> x, Real other) {
   const Integers<Real> columns = lane_numbers<Real>() + static_cast<Integer<Real>>(column);
   const auto begin = static_cast<Integer<Real>>(range.begin), end = static_cast<Integer<Real>>(range.end);
   return ((columns >= begin) & (columns < end)) ? x : broadcast(other);
@@ -254,8 +265,9 @@ template <typename Real>
 struct ForwardMemory {
   Tile<Real> scores;
   Queries<Real> queries;
-  Matrix<Real> sums;  // outputs, not yet divided by `total`
-  Real *largest, *total, *rescale;
+  Matrix<Real> sums;  // outputs, not yet divided by the totals
+  Real *largest, *rescale;
+  Real* totals;  // of each row, a vector of sums of some of the keys each
   Transposed<Real> keys;
   Matrix<Real> values;
   Transposed<Real> position;
@@ -265,8 +277,8 @@ struct ForwardMemory {
         queries(arena, args, kQueries),
         sums(arena, kQueries, args.width),
         largest(arena.take(kQueries)),
-        total(arena.take(kQueries)),
         rescale(arena.take(kQueries)),
+        totals(arena.take(kQueries * kLanes<Real>)),
         keys(arena, args.keys, args.width),
         values(arena, args.keys, args.width),
         position(arena, args.relative ? 2 * args.keys - 1 : 0, args.width) {}
@@ -278,17 +290,16 @@ template <typename Real>
 void update_softmax(const AttentionArgs& args, int64_t b, int64_t h, const Span& span, ForwardMemory<Real>& memory) {
   constexpr Real kNone = -std::numeric_limits<Real>::infinity();
   const int64_t length = length_of(args, b);
-  const Real scale = static_cast<Real>(args.scale);
   for (int64_t r = 0; r < span.rows; ++r) {
     const Range range = visible_columns(args, length, span, r);
     Real* row = memory.scores.row(r);
     Vector<Real> largest = broadcast(memory.largest[r]);
     for (int64_t c = 0; c < span.columns; c += kLanes<Real>) {
-      const Vector<Real> x = where_inside(range, c, load(row + c) * scale, kNone);
-      store(row + c, x);
-      largest = x > largest ? x : largest;
+      Vector<Real> x = load(row + c);
+      if (!is_inside<Real>(range, c)) store(row + c, x = where_inside(range, c, x, kNone));
+      largest = larger_of<Real>(x, largest);
     }
-    const Real before = memory.largest[r], now = largest_of<Real>(largest);
+    const Real before = memory.largest[r], now = reduce<Real>(largest, larger_of<Real>);
     memory.largest[r] = now;
     memory.rescale[r] = before - (now > kNone ? now : 0);
   }
@@ -299,13 +310,14 @@ void update_softmax(const AttentionArgs& args, int64_t b, int64_t h, const Span&
     const Real anchor = memory.largest[r] > kNone ? memory.largest[r] : 0;
     Real factors[kKeys];
     if (args.dropout) dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
-    Vector<Real> total = {};
+    Real* totals = memory.totals + r * kLanes<Real>;
+    Vector<Real> total = load(totals) * memory.rescale[r];
     for (int64_t c = 0; c < span.columns; c += kLanes<Real>) {
       const Vector<Real> p = exponential<Real>(load(row + c) - anchor);
       total += p;
       store(row + c, args.dropout ? p * load(factors + c) : p);
     }
-    memory.total[r] = memory.total[r] * memory.rescale[r] + sum_of<Real>(total);
+    store(totals, total);
     Real* sums = memory.sums.row(r);
     if (memory.rescale[r] != 1)
       for (int64_t d = 0; d < args.width; ++d) sums[d] *= memory.rescale[r];
@@ -332,7 +344,7 @@ void forward_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t quer
   read_queries<T>(args, b, h, query, rows, memory.queries);
   for (int64_t r = 0; r < rows; ++r) {
     memory.largest[r] = -std::numeric_limits<Real>::infinity();
-    memory.total[r] = 0;
+    store(memory.totals + r * kLanes<Real>, Vector<Real>{});
     for (int64_t d = 0; d < memory.sums.stride; ++d) memory.sums.row(r)[d] = 0;
   }
   const int64_t begin = visible_keys(args, length, query).begin, end = visible_keys(args, length, query + rows - 1).end;
@@ -347,7 +359,8 @@ void forward_block(const AttentionArgs& args, int64_t b, int64_t h, int64_t quer
   }
   Real* lse = static_cast<Real*>(args.lse) + (b * args.heads + h) * args.queries + query;
   for (int64_t r = 0; r < rows; ++r) {
-    const Real total = memory.total[r];
+    const Vector<Real> totals = load(memory.totals + r * kLanes<Real>);
+    const Real total = reduce<Real>(totals, [](Vector<Real> x, Vector<Real> y) { return x + y; });
     const bool blind = total == 0;
     write_frame<T>(memory.sums.row(r), blind ? Real(0) : 1 / total, args.out, b, h, query + r, args.width);
     lse[r] = blind ? std::numeric_limits<Real>::infinity() : memory.largest[r] + std::log(total);
@@ -416,7 +429,6 @@ void clear(const Matrix<Real>& x, int64_t rows) {
 template <typename Real>
 void differentiate(const AttentionArgs& args, int64_t b, int64_t h, const Span& span, BackwardMemory<Real>& memory) {
   const int64_t length = length_of(args, b);
-  const Real scale = static_cast<Real>(args.scale);
   for (int64_t r = 0; r < span.rows; ++r) {
     const Range range = visible_columns(args, length, span, r);
     const Real lse = memory.lse[span.query + r], delta = memory.delta[span.query + r];
@@ -424,14 +436,19 @@ void differentiate(const AttentionArgs& args, int64_t b, int64_t h, const Span& 
     Real factors[kKeys];
     if (args.dropout) dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
     for (int64_t c = 0; c < span.columns; c += kLanes<Real>) {
-      const Vector<Real> p = where_inside(range, c, exponential<Real>(load(scores + c) * scale - lse), Real(0));
-      Vector<Real> grad = load(probabilities + c), kept = p;
+      Vector<Real> p = exponential<Real>(load(scores + c) - lse);
+      Vector<Real> grad = load(probabilities + c);
+      if (!is_inside<Real>(range, c)) {
+        p = where_inside(range, c, p, Real(0));
+        grad = where_inside(range, c, grad, delta);
+      }
+      Vector<Real> kept = p;
       if (args.dropout) {
         grad *= load(factors + c);
         kept *= load(factors + c);
       }
       store(probabilities + c, kept);
-      store(scores + c, where_inside(range, c, p * (grad - delta) * scale, Real(0)));
+      store(scores + c, p * (grad - delta));
     }
     if (args.relative)
       for (int64_t n = 0; n < kRows; ++n) scores[n - kRows] = scores[span.columns + n] = 0;
@@ -520,7 +537,7 @@ void write_query_gradients(const AttentionArgs& args, int64_t b, int64_t h, int6
       add(relative, args.width, bias_v);
       add(relative, args.width, content);
     }
-    write_frame<T>(content, 1, args.grad_q, b, h, i, args.width);
+    write_frame<T>(content, static_cast<Wide<T>>(args.scale), args.grad_q, b, h, i, args.width);
   }
   write_zeros<T>(args.grad_q, b, h, active, args.queries, args.width);
 }
@@ -575,8 +592,11 @@ void backward_task(const AttentionArgs& args, int64_t group, int64_t h, Backward
   Real* sums = static_cast<Real*>(args.position_sums) + index * positions * width;
   for (int64_t m = 0; m < positions; ++m) std::copy_n(memory.grad_position.row(m), width, sums + m * width);
   Real* bias_sums = static_cast<Real*>(args.bias_sums);
-  std::copy_n(bias_u, width, bias_sums + index * width);
-  std::copy_n(bias_v, width, bias_sums + (args.groups * args.heads + index) * width);
+  Real *u_sums = bias_sums + index * width, *v_sums = u_sums + args.groups * args.heads * width;
+  for (int64_t d = 0; d < width; ++d) {
+    u_sums[d] = bias_u[d] * static_cast<Real>(args.scale);
+    v_sums[d] = bias_v[d] * static_cast<Real>(args.scale);
+  }
 }
 
 template <template <typename> class Memory, typename Real>

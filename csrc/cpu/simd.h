@@ -66,17 +66,17 @@ inline Integers<Real> lane_numbers() {
 }
 
 template <typename Real>
-inline Real sum_of(Vector<Real> x) {
-  Real sum = x[0];
-  for (int64_t l = 1; l < kLanes<Real>; ++l) sum += x[l];
-  return sum;
+inline Vector<Real> larger_of(Vector<Real> x, Vector<Real> y) {
+  return x > y ? x : y;
 }
 
-template <typename Real>
-inline Real largest_of(Vector<Real> x) {
-  Real largest = x[0];
-  for (int64_t l = 1; l < kLanes<Real>; ++l) largest = x[l] > largest ? x[l] : largest;
-  return largest;
+// combine(x[0], x[1], ...), in pairs, pairs of pairs and so on.
+template <typename Real, typename Combine>
+inline Real reduce(Vector<Real> x, const Combine& combine) {
+#pragma GCC unroll 8
+  for (int64_t distance = kLanes<Real> / 2; distance > 0; distance /= 2)
+    x = combine(x, __builtin_shuffle(x, lane_numbers<Real>() ^ static_cast<Integer<Real>>(distance)));
+  return x[0];
 }
 
 template <typename Real>
