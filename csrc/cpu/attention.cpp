@@ -156,6 +156,11 @@ void read_transposed(const AttentionArgs& args, const Heads& x, int64_t b, int64
 }
 
 template <typename Real>
+void multiply_by(const Real* factors, int64_t count, Real* __restrict x) {
+  for (int64_t c = 0; c < count; ++c) x[c] *= factors[c];
+}
+
+template <typename Real>
 void add(const Real* x, int64_t count, Real* __restrict sum) {
   for (int64_t d = 0; d < count; ++d) sum[d] += x[d];
 }
@@ -284,6 +289,17 @@ struct ForwardMemory {
         position(arena, args.relative ? 2 * args.keys - 1 : 0, args.width) {}
 };
 
+// x -> exp(x - anchor); returns the given total plus all of these.  A loop with its total in a register, see matmul.h.
+template <typename Real>
+[[gnu::noinline]] Vector<Real> exponentiate(Real* row, int64_t columns, Real anchor, Vector<Real> total) {
+  for (int64_t c = 0; c < columns; c += kLanes<Real>) {
+    const Vector<Real> p = exponential<Real>(load(row + c) - anchor);
+    store(row + c, p);
+    total += p;
+  }
+  return total;
+}
+
 // The running softmax: scores become probabilities times a factor of their row, and what was summed before is rescaled
 // to the same factor.
 template <typename Real>
@@ -308,16 +324,13 @@ void update_softmax(const AttentionArgs& args, int64_t b, int64_t h, const Span&
   for (int64_t r = 0; r < span.rows; ++r) {
     Real* row = memory.scores.row(r);
     const Real anchor = memory.largest[r] > kNone ? memory.largest[r] : 0;
-    Real factors[kKeys];
-    if (args.dropout) dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
     Real* totals = memory.totals + r * kLanes<Real>;
-    Vector<Real> total = load(totals) * memory.rescale[r];
-    for (int64_t c = 0; c < span.columns; c += kLanes<Real>) {
-      const Vector<Real> p = exponential<Real>(load(row + c) - anchor);
-      total += p;
-      store(row + c, args.dropout ? p * load(factors + c) : p);
+    store(totals, exponentiate(row, span.columns, anchor, load(totals) * memory.rescale[r]));
+    if (args.dropout) {
+      Real factors[kKeys];
+      dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
+      multiply_by(factors, span.columns, row);
     }
-    store(totals, total);
     Real* sums = memory.sums.row(r);
     if (memory.rescale[r] != 1)
       for (int64_t d = 0; d < args.width; ++d) sums[d] *= memory.rescale[r];
@@ -424,32 +437,35 @@ void clear(const Matrix<Real>& x, int64_t rows) {
   for (int64_t n = 0; n < rows * x.stride; ++n) x.data[n] = 0;
 }
 
-// Scores become their gradients, with zeros around them for the sheared products, and the gradients of the
-// probabilities become the probabilities after dropout.
+// For one query: scores become their gradients, and the gradients of the probabilities become the probabilities.
+template <typename Real>
+[[gnu::noinline]] void differentiate_row(const Range& visible, int64_t columns, Real lse, Real delta, Real* scores,
+                                         Real* probabilities) {
+  for (int64_t c = 0; c < columns; c += kLanes<Real>) {
+    Vector<Real> p = exponential<Real>(load(scores + c) - lse), grad = load(probabilities + c);
+    if (!is_inside<Real>(visible, c)) {
+      p = where_inside(visible, c, p, Real(0));
+      grad = where_inside(visible, c, grad, delta);
+    }
+    store(probabilities + c, p);
+    store(scores + c, p * (grad - delta));
+  }
+}
+
+// The same for a tile with dropout, which acts on both; around the scores come zeros, for the sheared products.
 template <typename Real>
 void differentiate(const AttentionArgs& args, int64_t b, int64_t h, const Span& span, BackwardMemory<Real>& memory) {
   const int64_t length = length_of(args, b);
   for (int64_t r = 0; r < span.rows; ++r) {
-    const Range range = visible_columns(args, length, span, r);
-    const Real lse = memory.lse[span.query + r], delta = memory.delta[span.query + r];
     Real *scores = memory.scores.row(r), *probabilities = memory.probabilities.row(r);
     Real factors[kKeys];
-    if (args.dropout) dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
-    for (int64_t c = 0; c < span.columns; c += kLanes<Real>) {
-      Vector<Real> p = exponential<Real>(load(scores + c) - lse);
-      Vector<Real> grad = load(probabilities + c);
-      if (!is_inside<Real>(range, c)) {
-        p = where_inside(range, c, p, Real(0));
-        grad = where_inside(range, c, grad, delta);
-      }
-      Vector<Real> kept = p;
-      if (args.dropout) {
-        grad *= load(factors + c);
-        kept *= load(factors + c);
-      }
-      store(probabilities + c, kept);
-      store(scores + c, p * (grad - delta));
+    if (args.dropout) {
+      dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
+      multiply_by(factors, span.columns, probabilities);
     }
+    differentiate_row(visible_columns(args, length, span, r), span.columns, memory.lse[span.query + r],
+                      memory.delta[span.query + r], scores, probabilities);
+    if (args.dropout) multiply_by(factors, span.columns, probabilities);
     if (args.relative)
       for (int64_t n = 0; n < kRows; ++n) scores[n - kRows] = scores[span.columns + n] = 0;
   }
