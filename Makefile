@@ -35,7 +35,7 @@ demo: $(setup)
 	fastflow demo
 
 test: $(setup)
-	$(python) -m pytest
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2
 
 check: $(setup)
 	$(python) -m ruff check .

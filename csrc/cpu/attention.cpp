@@ -262,7 +262,7 @@ inline Vector<Real> where_inside(const Range& range, int64_t column, Vector<Real
 // Keys of the span that its query r sees, counted from the span's first.
 inline Range visible_columns(const AttentionArgs& args, int64_t length, const Span& span, int64_t r) {
   const Range keys = visible_keys(args, length, span.query + r);
-  return {max_of(keys.begin - span.key, 0), min_of(keys.end - span.key, span.columns)};
+  return {min_of(max_of(keys.begin - span.key, 0), span.columns), min_of(keys.end - span.key, span.columns)};
 }
 
 // ------------------------------------------------------------------------------------------------ forward
