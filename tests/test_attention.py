@@ -148,7 +148,7 @@ def test_matches_the_reference_in_every_dtype(pattern, relative, dtype, backend,
         with pytest.raises(RuntimeError, match="does not support"):
             call(attention, *make(pattern, relative, dtype, device)[::2], backend=backend)
         return
-    assert_right(*make(pattern, relative, dtype, device), backend, f"attention {backend} {pattern} {dtype}")
+    assert_right(*make(pattern, relative, dtype, device, heads=1), backend, f"attention {backend} {pattern} {dtype}")
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def fresh_dynamo():
 def test_compiles_in_one_graph_and_not_again_for_new_lengths(relative, backend, device, fresh_dynamo):
     compiled = torch.compile(lambda t, rule: call(attention, t, rule, backend=backend), fullgraph=True,
                              backend="aot_eager")  # fmt: skip
-    for n, frames in enumerate([5, 9, 13, 17]):
+    for n, frames in enumerate([5, 9, 13]):
         pattern = {"lengths": [frames, frames // 2], "chunk_size": 4}
         if backend != "reference":  # whose random numbers are a graph that takes a minute to trace
             pattern["dropout_p"] = 0.2
