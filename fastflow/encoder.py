@@ -1,6 +1,7 @@
 """The token encoders: conformer (CosyVoice 1), upsampling conformer (CosyVoice 2) and pre-lookahead (CosyVoice 3)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
@@ -158,6 +159,8 @@ class ConformerEncoder(nn.Module):
         for name, value in _FIXED.items():
             if given[name] != value:
                 raise ValueError(f"{name} must be {value!r}, as in the published configurations; got {given[name]!r}")
+        if use_dynamic_chunk and not isinstance(self, UpsampleConformerEncoder):  # which ignores it, as upstream's
+            raise ValueError("use_dynamic_chunk must be False, as in the published configurations; got True")
         if output_size % attention_heads:
             raise ValueError(f"output_size {output_size} is not a multiple of attention_heads {attention_heads}")
         self._output_size = output_size
@@ -176,11 +179,17 @@ class ConformerEncoder(nn.Module):
                 for _ in range(count)
             )
 
-        self.encoders = layers(num_blocks)
-        self._build_upsampling(layers, dropout_rate, positional_dropout_rate)
+        self._build_layers(layers, num_blocks, dropout_rate, positional_dropout_rate)
 
-    def _build_upsampling(self, layers, dropout_rate: float, positional_dropout_rate: float) -> None:  # type: ignore[no-untyped-def]
-        """The parts that only the upsampling encoder has."""
+    def _build_layers(
+        self,
+        layers: Callable[[int], nn.ModuleList],
+        num_blocks: int,
+        dropout_rate: float,
+        positional_dropout_rate: float,
+    ) -> None:
+        """Register the layers in upstream's order: optimizer states are indexed by position."""
+        self.encoders = layers(num_blocks)
 
     def output_size(self) -> int:
         return self._output_size
@@ -258,9 +267,16 @@ class UpsampleConformerEncoder(ConformerEncoder):
     There are always four layers after the upsampling, and always three tokens of look-ahead.
     """
 
-    def _build_upsampling(self, layers, dropout_rate: float, positional_dropout_rate: float) -> None:  # type: ignore[no-untyped-def]
+    def _build_layers(
+        self,
+        layers: Callable[[int], nn.ModuleList],
+        num_blocks: int,
+        dropout_rate: float,
+        positional_dropout_rate: float,
+    ) -> None:
         width = self._output_size
         self.pre_lookahead_layer = PreLookaheadLayer(width, width, pre_lookahead_len=3)
+        self.encoders = layers(num_blocks)
         self.up_layer = Upsample1D(width)
         self.up_embed = LinearEmbed(width, width, dropout_rate, positional_dropout_rate)
         self.up_encoders = layers(4)

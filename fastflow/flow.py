@@ -50,7 +50,6 @@ class _Flow(nn.Module):
         vocab_size: int,
         input_frame_rate: int,
         only_mask_loss: bool,
-        decoder: nn.Module | None,
         decoder_conf: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
@@ -59,9 +58,6 @@ class _Flow(nn.Module):
         self.only_mask_loss, self.decoder_conf = only_mask_loss, decoder_conf
         self.input_embedding = nn.Embedding(vocab_size, input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
-        if decoder is None:
-            raise ValueError("decoder must be given: a ConditionalCFM or CausalConditionalCFM")
-        self.decoder = decoder
 
     def _speaker(self, embedding: Tensor) -> Tensor:
         return self.spk_embed_affine_layer(F.normalize(embedding, dim=1))
@@ -196,13 +192,13 @@ class MaskedDiffWithXvec(_Flow):
             vocab_size,
             input_frame_rate,
             only_mask_loss,
-            decoder,
             decoder_conf,
         )
-        if encoder is None or length_regulator is None:
-            raise ValueError("encoder and length_regulator must be given")
-        self.encoder = encoder
+        if encoder is None or length_regulator is None or decoder is None:
+            raise ValueError("encoder, length_regulator and decoder must be given")
+        self.encoder = encoder  # the order of the parts is upstream's: optimizer states are indexed by position
         self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
+        self.decoder = decoder
         self.length_regulator = length_regulator
 
     def _check_frames(self, tokens: int, frames: int) -> None:
@@ -397,13 +393,13 @@ class CausalMaskedDiffWithXvec(_CausalFlow):
             vocab_size,
             input_frame_rate,
             only_mask_loss,
-            decoder,
             decoder_conf,
         )
-        if encoder is None:
-            raise ValueError("encoder must be given: an UpsampleConformerEncoder")
+        if encoder is None or decoder is None:
+            raise ValueError("encoder and decoder must be given")
         self.encoder = encoder
         self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
+        self.decoder = decoder
         self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
 
     def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:
@@ -445,12 +441,12 @@ class CausalMaskedDiffWithDiT(_CausalFlow):
             vocab_size,
             input_frame_rate,
             only_mask_loss,
-            decoder,
             decoder_conf,
         )
-        if pre_lookahead_layer is None:
-            raise ValueError("pre_lookahead_layer must be given: a PreLookaheadLayer")
+        if pre_lookahead_layer is None or decoder is None:
+            raise ValueError("pre_lookahead_layer and decoder must be given")
         self.pre_lookahead_layer = pre_lookahead_layer
+        self.decoder = decoder
         self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
 
     def _encode(self, vectors: Tensor, lengths: Tensor, streaming: bool, context: Tensor | None) -> Tensor:

@@ -37,8 +37,10 @@ def test_case_agrees_with_upstream(path: Path, dtype: torch.dtype, backend: str)
     case = Case(path, dtype)
     if case.config.get("train_mode") and backend != "reference":
         pytest.skip("recorded dropout masks belong to the reference path")
-    if case.name.startswith("full_") and backend != "reference":
-        pytest.skip("estimators alone use no op with another backend")
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("attention on triton has no float64")
+    if case.name.startswith("full_") and backend == "triton" and not torch.cuda.is_available():
+        pytest.skip("not run: full size on triton: this machine has no GPU")
     with fastflow.use_backend(backend):
         assert not failures(case, compute(case))
 
