@@ -288,7 +288,13 @@ def draw(path: Path, title: str, utterance: Utterance, mel: Tensor, arms: list[A
     for row, (name, shown) in enumerate(zip(names, (utterance.mel, mel), strict=True), start=1):
         axis = figure.add_subplot(grid[row, :])
         image = axis.imshow(
-            shown.T, origin="lower", aspect="auto", vmin=low, vmax=high, extent=(0, seconds, 0, 80), cmap="magma"
+            shown.T.numpy(),
+            origin="lower",
+            aspect="auto",
+            vmin=low,
+            vmax=high,
+            extent=(0, seconds, 0, 80),
+            cmap="magma",
         )
         axis.set_title(name, fontsize=11)
         axis.set_ylabel("mel channel")
