@@ -1,8 +1,6 @@
 // Vectors of the instruction set that the file is compiled for, as GCC's and Clang's vector extensions.
 #pragma once
 
-#include <limits>
-
 #include "../common.h"
 
 namespace fastflow {
