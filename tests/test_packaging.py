@@ -62,6 +62,18 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder
 
 
+def run_installed(code: str, folder: Path, **environment: str) -> str:
+    """Run code in an empty folder, where fastflow comes from ``folder`` and all else from the environment.
+
+    Without ``site`` (-S), or an editable installation of fastflow would join in through its import hook.
+    """
+    packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    empty = folder.parent / "empty"
+    empty.mkdir()
+    path = os.pathsep.join([str(folder), *packages])
+    return run(sys.executable, "-S", "-c", code, cwd=empty, PYTHONPATH=path, **environment)
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return build_wheel(tmp_path_factory.mktemp("wheel"), FASTFLOW_SKIP_CUDA="1")
@@ -120,9 +132,7 @@ print(backend.extension.build_info())
 
 def test_installed_wheel_runs_away_from_the_sources(wheel: Path, tmp_path: Path):
     folder = install(wheel, tmp_path / "site")
-    (tmp_path / "empty").mkdir()
-    smoke = SMOKE.format(folder=str(folder))
-    output = run(sys.executable, "-c", smoke, cwd=tmp_path / "empty", PYTHONPATH=str(folder), TRITON_INTERPRET="1")
+    output = run_installed(SMOKE.format(folder=str(folder)), folder, TRITON_INTERPRET="1")
     assert "ran baseline" in output
 
 
@@ -175,9 +185,7 @@ def test_without_a_compiler_the_reference_path_is_installed(tmp_path: Path):
     assert "building WITHOUT the compiled module: no C++ compiler was found" in output
     assert wheel.name.endswith("-py3-none-any.whl")
     folder = install(wheel, tmp_path / "site")
-    (tmp_path / "empty").mkdir()
-    said = run(sys.executable, "-c", PURE, cwd=tmp_path / "empty", PYTHONPATH=str(folder))
-    assert "installed without its compiled module" in said
+    assert "installed without its compiled module" in run_installed(PURE, folder)
 
 
 def test_forcing_cuda_without_nvcc_names_both_versions(tmp_path: Path):
