@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import fastflow.ops  # noqa: F401  (defines the ops counted below)
+
 # They touch no tensor data: allocation, and aliases that the dispatcher does not list as views.
 _NO_COMPUTE = frozenset(
     {
@@ -57,8 +59,19 @@ def _cpu_attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _relative_attention_flops(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *_: Any, **__: Any) -> int:
+    """With the product of the queries with every distance, as the reference forms it."""
+    return _attention_flops(q, k, v) + 2 * q.numel() * position.shape[1]
+
+
 # PyTorch's own table has the CUDA attention kernels only.
 _CPU_FLOPS = {
+    torch.ops.fastflow.attention: _attention_flops,
+    torch.ops.fastflow.relative_attention: _relative_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
