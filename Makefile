@@ -35,7 +35,7 @@ demo: $(setup)
 	fastflow demo
 
 test: $(setup)
-	OMP_NUM_THREADS=1 $(python) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal
 
 check: $(setup)
 	$(python) -m ruff check .

@@ -132,7 +132,7 @@ sanitizer() {
 
 bench() {
     need_build
-    local glob=${1:-} name status=0 choice=(--providers cuda triton cosyvoice)
+    local glob=${1:-} name status=0 choice=(--providers auto cuda triton cosyvoice)
     name=$("$PYTHON" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))') || return
     name+=-$(date +%Y-%m-%d)
     if [[ -n $glob ]]; then

@@ -22,7 +22,7 @@ from fastflow.testing.tolerances import assert_parity, golden_error, golden_limi
 Results = dict[str, Tensor]
 Step = Callable[[], Results]
 
-OURS = ("cpu", "cuda", "triton")
+OURS = ("auto", "cpu", "cuda", "triton")
 PROVIDERS = ("reference", "compile", *OURS, "cosyvoice")
 
 
@@ -37,6 +37,8 @@ def seed(number: int) -> None:
 
 
 def _require_backend(provider: str, device: torch.device) -> None:
+    if provider == "auto":
+        return
     every = dict.fromkeys(backend.BACKENDS, backend.FLOATS)
     try:
         backend.CAN_RUN[provider]("benchmark", torch.empty(0, device=device), every, raise_error=True)

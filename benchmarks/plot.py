@@ -11,6 +11,7 @@ from typing import Any
 PANELS = (("time", "ratio"), ("compute ops", "ops"), ("bytes saved for backward", "saved_bytes"))
 COLOURS = {
     "compile": "tab:orange",
+    "auto": "tab:cyan",
     "cpu": "tab:blue",
     "cuda": "tab:green",
     "triton": "tab:purple",

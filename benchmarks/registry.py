@@ -10,6 +10,7 @@ from jobs import FlowJob, OpJob
 from torch import Tensor
 
 from fastflow import config
+from fastflow.ops.attention import RelativePosition, attention, attention_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.testing.cases import INTERPOLATE, InterpolateCase
 
@@ -44,6 +45,28 @@ def _interpolate(sizes: InterpolateCase, dtype: torch.dtype, device: torch.devic
     x = torch.randn(sizes.batch, sizes.tokens, sizes.channels, generator=torch.Generator().manual_seed(0))
     options = {"segments": list(sizes.segments), "channels_first": True}
     return OpJob(interpolate, interpolate_ref, {"x": x.to(device, dtype)}, options, sums=(4,))
+
+
+def _attention(batch: int, heads: int, frames: int, chunk_size: int, relative: bool, device: torch.device) -> OpJob:
+    """Self-attention with heads of 64, over rows of 100 %, 90 %, 80 % ... of ``frames``."""
+    shapes = dict.fromkeys("qkv", (batch, heads, frames, 64))
+    if relative:
+        shapes |= {"position": (heads, 2 * frames - 1, 64), "bias_u": (heads, 64), "bias_v": (heads, 64)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
+    lengths = torch.tensor([frames * (10 - row % 4) // 10 for row in range(batch)], device=device)
+    options = {"lengths": lengths, "chunk_size": chunk_size}
+    op, reference = (_relative(f) if relative else f for f in (attention, attention_ref))
+    return OpJob(op, reference, tensors, options, sums=(64, frames, batch * frames))
+
+
+def _relative(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The parts of the relative position as arguments of their own, so that each gets a gradient."""
+
+    def call(position: Tensor, bias_u: Tensor, bias_v: Tensor, **arguments: Any) -> Tensor:
+        return function(rel_pos=RelativePosition(position, bias_u, bias_v), **arguments)
+
+    return call
 
 
 def _frames(spec: config.Spec, tokens: int) -> int:
@@ -112,6 +135,13 @@ def _cases() -> list[Case]:
                     quick=sizes.batch == 1 and dtype == torch.float32,
                 )
             )
+    for name, title, sizes in (
+        ("4x8x500", "estimator of v1 and v2, training batch 4 x 500 frames", (4, 8, 500, 0, False)),
+        ("4x8x500-chunks", "estimator of v2, streaming, training batch 4 x 500 frames", (4, 8, 500, 50, False)),
+        ("2x16x750", "estimator of v3, one solver step of 5 s prompt + 10 s utterance", (2, 16, 750, 0, False)),
+        ("4x8x290-relative", "encoder of v1, training batch 4 x 500 frames", (4, 8, 290, 0, True)),
+    ):
+        cases.append(Case(f"attention/{name}", title, functools.partial(_attention, *sizes)))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
         for frames in (200, 500):
             cases.append(

@@ -20,7 +20,7 @@ from plot import plot
 from registry import CASES, Case
 from runner import FULL, QUICK, matmul_rate, run_case
 
-DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("cuda", "triton", "cosyvoice")}
+DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("auto", "cuda", "triton", "cosyvoice")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -6,16 +6,18 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastflow
 from fastflow import backend as _backend
-from fastflow.ops import interpolate, interpolate_ref
-from fastflow.ops.interpolate import DTYPES
+from fastflow.ops import RelativePosition, attention, attention_ref, interpolate, interpolate_ref
+from fastflow.ops.attention import DTYPES as ATTENTION_DTYPES
+from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
 from fastflow.testing import interpreter
 from fastflow.testing.tolerances import assert_parity
 
@@ -60,68 +62,113 @@ def _device(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
-def _why_not(backend: str) -> str | None:
-    """Why a backend cannot run on this machine; None if it can."""
+def _why_not(op: str, backend: str) -> str | None:
+    """Why an op cannot run on a backend on this machine; None if it can."""
+    dtypes = OPS[op].dtypes
     probe = torch.empty(1, device=_device(backend))
     try:
-        _backend.CAN_RUN[backend]("doctor", probe, DTYPES, raise_error=True)
+        _backend.CAN_RUN[backend](op, probe, {backend: _backend.FLOATS}, raise_error=True)
     except RuntimeError as error:
-        reason = str(error).removeprefix(f"doctor: backend {backend!r} cannot run: ")
+        reason = str(error).removeprefix(f"{op}: backend {backend!r} cannot run: ")
         return reason.removesuffix(" (see `fastflow doctor`)")
-    return None
+    return None if backend == "reference" or backend in dtypes else f"{op} has no kernel for it"
 
 
-def _forward_backward(x: Tensor, grad: Tensor, segments: Any, backend: str | None) -> dict[str, Tensor]:
-    """Output and input gradient of interpolate; ``backend`` None is the reference itself."""
-    x = x.detach().requires_grad_()
-    frames = grad.shape[1]
-    out = interpolate_ref(x, segments, frames) if backend is None else interpolate(x, segments, frames, backend=backend)
-    return {"out": out.detach(), "grad": torch.autograd.grad(out, x, grad)[0]}
+Call = Callable[..., Tensor]
+
+
+def _check(run: Call, reference: Call, tensors: dict[str, Tensor], case: str, sums: tuple[int, ...]) -> None:
+    """Forward and backward against float64 by the op-parity rule, which allows twice the reference's own error."""
+
+    def results(function: Call, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Tensor]:
+        leaves = [x.to(rounded).to(dtype).requires_grad_() for x in tensors.values()]
+        out = function(*leaves)
+        grad = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(rounded).to(dtype)
+        grads = torch.autograd.grad(out, leaves, grad)
+        return {"out": out.detach(), **{f"gradient of {n}": g for n, g in zip(tensors, grads, strict=True)}}
+
+    for dtype in TESTED_DTYPES:
+        got, eager = (results(function, dtype, dtype) for function in (run, reference))
+        truth = results(reference, torch.float64, dtype)
+        assert_parity(got, eager, truth, case=f"{case} {str(dtype).removeprefix('torch.')}", sums=sums)
+
+
+def _randn(device: str, **shapes: tuple[int, ...]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
 
 
 def _test_interpolate(backend: str, device: str) -> None:
-    """Forward and backward against float64 by the op-parity rule, which allows twice the reference's own error."""
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(2, t, 24, generator=generator).to(device) for t in (29, 50))
-    shared = [(5, 9), (23, 39)]
-    per_row = torch.tensor([[[5, 9], [23, 39]], [[4, 7], [11, 19]]], device=device)
-    for dtype in TESTED_DTYPES:
-        for segments in (shared, per_row):
-            call = x.to(dtype), grad.to(dtype)
-            assert_parity(
-                _forward_backward(*call, segments, backend),
-                _forward_backward(*call, segments, None),
-                _forward_backward(call[0].double(), call[1].double(), segments, None),
-                case=f"interpolate {str(dtype).removeprefix('torch.')}",
-                sums=(2, 4),
-            )
+    x = _randn(device, x=(2, 29, 24))
+    for segments in ([(5, 9), (23, 39)], torch.tensor([[[5, 9], [23, 39]], [[4, 7], [11, 19]]], device=device)):
+        _check(
+            lambda x, s=segments: interpolate(x, s, 50, backend=backend),
+            lambda x, s=segments: interpolate_ref(x, s, 50),
+            x,
+            "interpolate",
+            sums=(2, 4),
+        )
 
 
-def _self_test(backend: str) -> dict[str, Any]:
+def _test_attention(backend: str, device: str) -> None:
+    queries, width = 19, 16
+    shape = (2, 2, queries, width)
+    plain = _randn(device, q=shape, k=shape, v=shape)
+    relative = plain | _randn(device, position=(2, 2 * queries - 1, width), bias_u=(2, width), bias_v=(2, width))
+    rule: dict[str, Any] = {"lengths": torch.tensor([11, queries], device=device), "chunk_size": 7}
+    for tensors in (plain, relative):
+
+        def call(function: Call, *given: Tensor, **where: str) -> Tensor:
+            rel_pos = RelativePosition(*given[3:]) if len(given) > 3 else None
+            return function(*given[:3], rel_pos=rel_pos, **rule, **where)
+
+        _check(
+            lambda *given, call=call: call(attention, *given, backend=backend),
+            lambda *given, call=call: call(attention_ref, *given),
+            tensors,
+            "attention",
+            sums=(width, queries, 2 * queries),
+        )
+
+
+class Op(NamedTuple):
+    """The dtypes of an op's kernels by backend, and its self-test on a backend and a device."""
+
+    dtypes: _backend.Dtypes
+    test: Callable[[str, str], None]
+
+
+OPS = {"interpolate": Op(INTERPOLATE_DTYPES, _test_interpolate), "attention": Op(ATTENTION_DTYPES, _test_attention)}
+
+
+def _self_test(op: str, backend: str) -> dict[str, Any]:
     start = time.perf_counter()
     try:
-        if backend == "triton" and _device(backend) == "cpu":
-            interpreter.repair()
-        _test_interpolate(backend, _device(backend))
+        OPS[op].test(backend, _device(backend))
         failure = None
     except Exception as error:  # whatever a broken installation raises is a finding, not a crash of the doctor
         failure = f"{type(error).__name__}: {error}"
     return {"passed": failure is None, "failure": failure, "seconds": round(time.perf_counter() - start, 2)}
 
 
+def _examine_backend(backend: str) -> dict[str, Any]:
+    why_not = {op: _why_not(op, backend) for op in OPS}
+    runs = [op for op, reason in why_not.items() if reason is None]
+    if runs and backend == "triton" and _device(backend) == "cpu":
+        interpreter.repair()
+    return {
+        "runs": bool(runs),
+        "device": _device(backend),
+        "why_not": {op: reason for op, reason in why_not.items() if reason is not None},
+        "self_test": {op: _self_test(op, backend) for op in runs},
+    }
+
+
 def examine() -> dict[str, Any]:
     """Everything that ``fastflow doctor`` finds, ready for JSON; ``ok`` says whether all that can run is right."""
-    backends: dict[str, Any] = {}
-    for name in _backend.BACKENDS:
-        why_not = _why_not(name)
-        backends[name] = {
-            "runs": why_not is None,
-            "why_not": why_not,
-            "device": _device(name),
-            "self_test": _self_test(name) if why_not is None else None,
-        }
+    backends = {name: _examine_backend(name) for name in _backend.BACKENDS}
     return {
-        "ok": all(found["self_test"]["passed"] for found in backends.values() if found["runs"]),
+        "ok": all(test["passed"] for found in backends.values() for test in found["self_test"].values()),
         "versions": {
             "fastflow": fastflow.__version__,
             "python": platform.python_version(),
@@ -157,6 +204,21 @@ def _say(heading: str, facts: dict[str, Any], empty: str = "") -> None:
         print(f"  {empty}")
 
 
+def _sentences(facts: dict[str, Any]) -> Iterator[str]:
+    """What was found about a backend, in words."""
+    if not facts["runs"]:
+        yield from dict.fromkeys(f"cannot run: {reason}" for reason in facts["why_not"].values())
+        return
+    right = [op for op, test in facts["self_test"].items() if test["passed"]]
+    seconds = sum(test["seconds"] for test in facts["self_test"].values())
+    if right:
+        yield f"runs on {facts['device']}, self-test passed in {seconds:.1f} s: {', '.join(right)}"
+    for op, test in facts["self_test"].items():
+        if not test["passed"]:
+            yield f"BROKEN on {facts['device']}: {op}: {test['failure']}"
+    yield from facts["why_not"].values()
+
+
 def show(found: dict[str, Any]) -> None:
     """Print the findings of :func:`examine` as plain text."""
     machine = {**found["machine"], "gpus": "; ".join(found["machine"]["gpus"]) or "none that torch can use"}
@@ -164,14 +226,7 @@ def show(found: dict[str, Any]) -> None:
     _say("machine", machine)
     _say("compiled module", found["build"] or {}, empty=f"none: {found['build_error']}")
     _say("environment", found["environment"], empty="no FASTFLOW_* variable is set")
-    backends = {}
-    for name, facts in found["backends"].items():
-        if not facts["runs"]:
-            backends[name] = f"cannot run: {facts['why_not']}"
-        elif facts["self_test"]["passed"]:
-            backends[name] = f"runs on {facts['device']}; self-test passed in {facts['self_test']['seconds']} s"
-        else:
-            backends[name] = f"BROKEN on {facts['device']}: {facts['self_test']['failure']}"
+    backends = {name: "; ".join(_sentences(facts)) for name, facts in found["backends"].items()}
     _say("backends", backends)
     print("all that can run is right" if found["ok"] else "a backend that can run is broken")
 

@@ -102,6 +102,14 @@ def test_a_crash_is_reported_and_fails(every_backend_runs):
     assert measured["providers"]["cpu"] == {"status": "failed", "reason": "RuntimeError: planted crash"}
 
 
+def test_a_backend_that_lacks_an_op_is_unavailable(every_backend_runs):
+    def lacking(x, backend):
+        raise RuntimeError("attention: backend 'cpu' cannot run: it does not support torch.float32")
+
+    measured = runner.run_case(case_of(lacking), ["cpu"], CPU, FAST, 1e9)
+    assert measured["providers"]["cpu"]["status"] == "unavailable"
+
+
 @pytest.mark.parametrize(("op", "exit_code"), [(softplus, 0), (WRONG_OPS["gradient"], 1)])
 def test_the_exit_code_tells_whether_all_providers_are_right(op, exit_code, every_backend_runs, monkeypatch, capsys):
     monkeypatch.setattr(run, "CASES", {"planted/op": case_of(op)})
@@ -193,8 +201,8 @@ def test_the_providers_of_a_case_fit_the_device():
     op, flow = registry.CASES["interpolate/8x500-860x80"], registry.CASES["v2/train-4x200"]
     assert run.default_providers(op, False, "cpu") == ["reference", "compile", "cpu", "cosyvoice"]
     assert run.default_providers(flow, False, "cpu") == ["reference", "cpu", "cosyvoice"]
-    assert run.default_providers(flow, False, "cuda") == ["reference", "compile", "cuda", "triton", "cosyvoice"]
-    assert run.default_providers(flow, True, "cuda") == ["reference", "cuda", "triton", "cosyvoice"]
+    assert run.default_providers(flow, False, "cuda") == ["reference", "compile", "auto", "cuda", "triton", "cosyvoice"]
+    assert "compile" not in run.default_providers(flow, True, "cuda")
 
 
 def test_the_published_workloads_are_registered():

@@ -15,6 +15,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// The type to compute in.
+template <typename T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <typename T>
+using Wide = typename WideOf<T>::type;
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 

@@ -11,17 +11,6 @@ constexpr int64_t kFrames = kInterpolateTile;
 constexpr int64_t kChannels = 64;
 constexpr int64_t kElements = kFrames * kChannels;  // of float 16 KiB, which stay in the L1 cache
 
-template <typename T>
-struct WideOf {
-  using type = float;
-};
-template <>
-struct WideOf<double> {
-  using type = double;
-};
-template <typename T>
-using Wide = typename WideOf<T>::type;
-
 // a * x + b * y.  The build sets -ffp-contract=off, so this is where a fused multiply-add is chosen: torch's kernels
 // use one where the hardware has it.
 template <typename Real>
@@ -81,65 +70,52 @@ void fill_zero(T* out, int64_t count) {
   for (int64_t c = 0; c < count; ++c) out[c] = T{};
 }
 
-// to[column][row] = from[row][column].  Rows and columns are rounded up to four: the compiler makes such a block a
-// transposition in registers.
-template <typename Real>
-void transpose(const Real* __restrict from, int64_t from_width, int64_t rows, int64_t columns, Real* __restrict to,
-               int64_t to_width) {
-  for (int64_t column = 0; column < columns; column += 4)
-    for (int64_t row = 0; row < rows; row += 4) {
-      Real block[16];
+// to[column][row] = from[row][column], converted on the way.  Of a block of four by four, whose size it knows, the
+// compiler makes a transposition in registers.
+template <typename From, typename To>
+void transpose(const From* __restrict from, int64_t from_stride, int64_t rows, int64_t columns, To* __restrict to,
+               int64_t to_stride) {
+  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  for (int64_t row = 0; row < whole_rows; row += 4)
+    for (int64_t column = 0; column < whole_columns; column += 4) {
+      Wide<From> block[16];
+      To narrowed[16];
       for (int64_t r = 0; r < 4; ++r)
-        for (int64_t c = 0; c < 4; ++c) block[c * 4 + r] = from[(row + r) * from_width + column + c];
+        for (int64_t c = 0; c < 4; ++c) block[c * 4 + r] = widen(from[(row + r) * from_stride + column + c]);
+      for (int64_t k = 0; k < 16; ++k) narrow(block[k], narrowed[k]);
       for (int64_t c = 0; c < 4; ++c)
-        for (int64_t r = 0; r < 4; ++r) to[(column + c) * to_width + row + r] = block[c * 4 + r];
+        for (int64_t r = 0; r < 4; ++r) to[(column + c) * to_stride + row + r] = narrowed[c * 4 + r];
     }
+  for (int64_t column = 0; column < columns; ++column)
+    for (int64_t row = column < whole_columns ? whole_rows : 0; row < rows; ++row)
+      narrow(widen(from[row * from_stride + column]), to[column * to_stride + row]);
 }
 
-// A tile is [frame, channel] in rows of `width`, a multiple of four, with kElements elements in all.  Where memory is
-// not contiguous along channels, four of them at a time pass through a strip of rows along frames.
+// A tile is [frame, channel] in rows of `width`.
 
 template <typename T>
 void store_tile(const Wide<T>* tile, int64_t width, int64_t frames, int64_t channels, Plane<T> to) {
-  if (to.channel_stride == 1) {
-    for (int64_t j = 0; j < frames; ++j) {
-      T* out = to.at(j, 0);
+  if (to.frame_stride == 1) return transpose(tile, width, frames, channels, to.data, to.channel_stride);
+  for (int64_t j = 0; j < frames; ++j) {
+    T* out = to.at(j, 0);
+    if (to.channel_stride == 1) {
       for (int64_t c = 0; c < channels; ++c) narrow(tile[j * width + c], out[c]);
-    }
-    return;
-  }
-  Wide<T> strip[4 * kFrames];
-  for (int64_t c = 0; c < channels; ++c) {
-    if (c % 4 == 0) transpose(tile + c, width, frames, 4, strip, kFrames);
-    const Wide<T>* in = strip + c % 4 * kFrames;
-    T* out = to.at(0, c);
-    if (to.frame_stride == 1) {
-      for (int64_t j = 0; j < frames; ++j) narrow(in[j], out[j]);
     } else {
-      for (int64_t j = 0; j < frames; ++j) narrow(in[j], out[j * to.frame_stride]);
+      for (int64_t c = 0; c < channels; ++c) narrow(tile[j * width + c], out[c * to.channel_stride]);
     }
   }
 }
 
 template <typename T>
 void load_tile(Plane<const T> from, int64_t frames, int64_t channels, Wide<T>* tile, int64_t width) {
-  if (from.channel_stride == 1) {
-    for (int64_t j = 0; j < frames; ++j) {
-      const T* in = from.at(j, 0);
+  if (from.frame_stride == 1) return transpose(from.data, from.channel_stride, channels, frames, tile, width);
+  for (int64_t j = 0; j < frames; ++j) {
+    const T* in = from.at(j, 0);
+    if (from.channel_stride == 1) {
       for (int64_t c = 0; c < channels; ++c) tile[j * width + c] = widen(in[c]);
-    }
-    return;
-  }
-  Wide<T> strip[4 * kFrames] = {};
-  for (int64_t c = 0; c < channels; ++c) {
-    const T* in = from.at(0, c);
-    Wide<T>* out = strip + c % 4 * kFrames;
-    if (from.frame_stride == 1) {
-      for (int64_t j = 0; j < frames; ++j) out[j] = widen(in[j]);
     } else {
-      for (int64_t j = 0; j < frames; ++j) out[j] = widen(in[j * from.frame_stride]);
+      for (int64_t c = 0; c < channels; ++c) tile[j * width + c] = widen(in[c * from.channel_stride]);
     }
-    if (c % 4 == 3 || c + 1 == channels) transpose(strip, kFrames, 4, frames, tile + c / 4 * 4, width);
   }
 }
 
@@ -178,7 +154,7 @@ void forward_tile(const InterpolateArgs& args, int64_t b, int64_t begin, int64_t
     for (int64_t j = begin; j < end; ++j) blend_frame(j, 0, args.channels, out.at(j, 0));
     return;
   }
-  Wide<T> tile[kElements] = {};
+  Wide<T> tile[kElements];
   for (int64_t c = 0; c < args.channels; c += kChannels) {
     const int64_t channels = min_of(kChannels, args.channels - c);
     for (int64_t j = begin; j < end; ++j) {
@@ -253,7 +229,7 @@ void backward_tile(const InterpolateArgs& args, int64_t b, int64_t begin, int64_
 
   // Blocks are long in the dimension in which the gradient is contiguous.
   const int64_t longest = grad.channel_stride == 1 ? 8 * kChannels : kChannels;
-  const int64_t width = max_of(4, min_of(longest, ceil_div(args.channels, 4) * 4));
+  const int64_t width = max_of(1, min_of(longest, args.channels));
   const int64_t height = min_of(kFrames, kElements / width);
   for (int64_t i = begin; i < end; i += height)
     for (int64_t c = 0; c < args.channels; c += width)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -137,12 +138,16 @@ def attention_ref(
     padded_queries: bool = True,
     scale: float | None = None,
 ) -> Tensor:
-    """The same as :func:`attention` in plain PyTorch, with every score in memory.
+    """The same as :func:`attention` in plain PyTorch, as upstream computes it: from a mask tensor.
 
     Without a seed the probabilities go through torch's own dropout.
     """
     queries, keys = q.shape[2], k.shape[2]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rule = (lengths, queries, keys, chunk_size, num_left_chunks, key_offset, padded_queries, q.device)
+    visible = visible_keys(*rule)[:, None]
+    if rel_pos is None and not dropout_p:  # its result is 0, too, where no key is visible
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
     if rel_pos is None:
         scores = q @ k.transpose(2, 3)
     else:
@@ -150,14 +155,12 @@ def attention_ref(
         scores = (q + bias_u[:, None]) @ k.transpose(2, 3)
         relative = (q + bias_v[:, None]) @ position.transpose(1, 2)
         scores = scores + rel_shift(relative, queries, keys, key_offset)
-    rule = (lengths, queries, keys, chunk_size, num_left_chunks, key_offset, padded_queries, q.device)
-    hidden = ~visible_keys(*rule)[:, None]
-    scores = (scores * scale).masked_fill(hidden, float("-inf"))
-    # A row without any key would be 0 / 0: softmax sees zeros there, and its result is replaced.
-    empty = hidden.all(-1, keepdim=True)
-    probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(hidden, 0.0)
+    scores = (scores * scale).masked_fill(~visible, float("-inf"))
+    # The softmax of a query without any key would be 0 / 0: it sees zeros there, and its result is replaced.
+    empty = ~visible.any(-1, keepdim=True)
+    probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~visible, 0.0)
     if dropout_p and seed is None:
-        probabilities = torch.nn.functional.dropout(probabilities, dropout_p)
+        probabilities = F.dropout(probabilities, dropout_p)
     elif dropout_p and seed is not None:
         keep = dropout_mask(seed, q.shape[0], q.shape[1], queries, keys, dropout_p)
         probabilities = probabilities * keep / (1 - dropout_p)

@@ -51,7 +51,7 @@ _SYNCS = frozenset(
 _HOST_METHODS = {Tensor.tolist: "Tensor.tolist", Tensor.numpy: "Tensor.numpy", Tensor.__array__: "Tensor.__array__"}
 
 
-def _cpu_attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
 
@@ -59,20 +59,39 @@ def _cpu_attention_backward_flops(grad: Tensor, q: Tensor, k: Tensor, v: Tensor,
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
-def _attention_flops(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
+def _attention_backward_flops(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+
+
+def _distance_flops(q: Tensor, position: Tensor) -> int:
+    """The product of the queries with every distance, as the reference forms it."""
+    return 2 * q.numel() * position.shape[1]
 
 
 def _relative_attention_flops(q: Tensor, k: Tensor, v: Tensor, position: Tensor, *_: Any, **__: Any) -> int:
-    """With the product of the queries with every distance, as the reference forms it."""
-    return _attention_flops(q, k, v) + 2 * q.numel() * position.shape[1]
+    return _attention_flops(q, k, v) + _distance_flops(q, position)
+
+
+def _relative_attention_backward_flops(
+    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, position: Tensor, *_: Any, **__: Any
+) -> int:
+    """The scores by distance are formed again, and give two gradients."""
+    return _attention_backward_flops(grad, out, lse, q, k, v) + 3 * _distance_flops(q, position)
 
 
 # PyTorch's own table has the CUDA attention kernels only.
-_CPU_FLOPS = {
+_FLOPS = {
     torch.ops.fastflow.attention: _attention_flops,
+    torch.ops.fastflow.attention_backward: _attention_backward_flops,
     torch.ops.fastflow.relative_attention: _relative_attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention_flops,
+    torch.ops.fastflow.relative_attention_backward: _relative_attention_backward_flops,
+    torch.ops.fastflow.attention_triton: _attention_flops,
+    torch.ops.fastflow.attention_backward_triton: _attention_backward_flops,
+    torch.ops.fastflow.relative_attention_triton: _relative_attention_flops,
+    torch.ops.fastflow.relative_attention_backward_triton: _relative_attention_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
 
@@ -124,7 +143,7 @@ class Counts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula: Any = flop_registry.get(func._overloadpacket) or _CPU_FLOPS.get(func._overloadpacket)
+        formula: Any = flop_registry.get(func._overloadpacket) or _FLOPS.get(func._overloadpacket)
         if formula is None and _is_composite(func):
             # Under inference_mode composite operators arrive whole.  _HostCalls must not see the inner call.
             with self, torch._C.DisableTorchFunction():

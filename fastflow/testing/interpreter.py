@@ -3,11 +3,13 @@
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def repair() -> None:
     """Apply the repairs below to the interpreter of the installed Triton."""
+    np.seterr(divide="ignore", invalid="ignore")  # log2(0) and inf - inf are as silent as on a GPU
     _round_bfloat16()
     _patch_language_once()
     _skip_unused_checks()
