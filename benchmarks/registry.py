@@ -47,15 +47,17 @@ def _interpolate(sizes: InterpolateCase, dtype: torch.dtype, device: torch.devic
     return OpJob(interpolate, interpolate_ref, {"x": x.to(device, dtype)}, options, sums=(4,))
 
 
-def _attention(batch: int, heads: int, frames: int, chunk_size: int, relative: bool, device: torch.device) -> OpJob:
-    """Self-attention with heads of 64, over rows of 100 %, 90 %, 80 % ... of ``frames``."""
+def _attention(
+    batch: int, heads: int, frames: int, chunk_size: int, relative: bool, full: bool, device: torch.device
+) -> OpJob:
+    """Self-attention with heads of 64, over rows of 100 %, 80 %, 60 % and 40 % of ``frames``, or full ones."""
     shapes = dict.fromkeys("qkv", (batch, heads, frames, 64))
     if relative:
         shapes |= {"position": (heads, 2 * frames - 1, 64), "bias_u": (heads, 64), "bias_v": (heads, 64)}
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator).to(device) for name, shape in shapes.items()}
-    lengths = torch.tensor([frames * (10 - row % 4) // 10 for row in range(batch)], device=device)
-    options = {"lengths": lengths, "chunk_size": chunk_size}
+    lengths = torch.tensor([frames * (5 - row % 4) // 5 for row in range(batch)], device=device)
+    options = {"lengths": None if full else lengths, "chunk_size": chunk_size, "padded_queries": relative}
     op, reference = (_relative(f) if relative else f for f in (attention, attention_ref))
     return OpJob(op, reference, tensors, options, sums=(64, frames, batch * frames))
 
@@ -136,10 +138,11 @@ def _cases() -> list[Case]:
                 )
             )
     for name, title, sizes in (
-        ("4x8x500", "estimator of v1 and v2, training batch 4 x 500 frames", (4, 8, 500, 0, False)),
-        ("4x8x500-chunks", "estimator of v2, streaming, training batch 4 x 500 frames", (4, 8, 500, 50, False)),
-        ("2x16x750", "estimator of v3, one solver step of 5 s prompt + 10 s utterance", (2, 16, 750, 0, False)),
-        ("4x8x290-relative", "encoder of v1, training batch 4 x 500 frames", (4, 8, 290, 0, True)),
+        ("4x8x500", "U-Net, training batch of 500, 400, 300 and 200 frames", (4, 8, 500, 0, False, False)),
+        ("4x8x500-full", "U-Net, training batch of 4 x 500 frames", (4, 8, 500, 0, False, True)),
+        ("4x8x500-chunks", "the same in chunks of 50 frames", (4, 8, 500, 50, False, False)),
+        ("4x8x500-relative", "encoder, training batch of 500, 400, 300 and 200 tokens", (4, 8, 500, 0, True, False)),
+        ("2x16x750-full", "DiT, a solver step of 5 s prompt + 10 s utterance", (2, 16, 750, 0, False, True)),
     ):
         cases.append(Case(f"attention/{name}", title, functools.partial(_attention, *sizes)))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):

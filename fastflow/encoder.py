@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastflow.ops.attention import RelativePosition, attention, length_mask, upstream_lengths
 
@@ -123,7 +124,9 @@ class ConformerEncoder(nn.Module):
     The constructor takes upstream's arguments.  Of the architecture switches only the published values exist:
     ``input_layer="linear"``, ``pos_enc_layer_type="rel_pos_espnet"``, ``selfattention_layer_type="rel_selfattn"``,
     ``activation_type="swish"``, ``normalize_before=True``, ``macaron_style=False``, ``use_cnn_module=False``; any
-    other raises ValueError.  Arguments that upstream ignores for them are ignored here.
+    other raises ValueError.  ``gradient_checkpointing`` keeps only the input of each layer for the backward pass in
+    training mode (not in :class:`UpsampleConformerEncoder`, as upstream).  Arguments that upstream ignores for the
+    published values are ignored here.
     """
 
     def __init__(
@@ -165,6 +168,7 @@ class ConformerEncoder(nn.Module):
             raise ValueError(f"output_size {output_size} is not a multiple of attention_heads {attention_heads}")
         self._output_size = output_size
         self.static_chunk_size = static_chunk_size
+        self.gradient_checkpointing = gradient_checkpointing
         self.embed = LinearEmbed(input_size, output_size, dropout_rate, positional_dropout_rate)
         self.after_norm = nn.LayerNorm(output_size, eps=1e-5)
 
@@ -211,7 +215,10 @@ class ConformerEncoder(nn.Module):
         x, pos_emb = self.embed(xs)
         lengths = upstream_lengths(xs_lens, xs.shape[1])
         for layer in self.encoders:
-            x = layer(x, lengths, self.static_chunk_size, pos_emb)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, lengths, self.static_chunk_size, pos_emb, use_reentrant=False)
+            else:
+                x = layer(x, lengths, self.static_chunk_size, pos_emb)
         return self.after_norm(x), length_mask(xs_lens, xs.shape[1])[:, None]
 
 

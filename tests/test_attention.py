@@ -588,6 +588,7 @@ BAD_INPUT = {
     "bias of other heads": ((X, X, X), {"rel_pos": REL._replace(bias_v=REL.bias_v[:2])},
                             r"rel_pos.bias_v must have shape \[3, 16\], got \[2, 16\]"),
     "bias of another dtype": ((X, X, X), {"rel_pos": REL._replace(bias_u=REL.bias_u.half())}, "is torch.float16"),
+    "no key": ((X, X[:, :, :0], X[:, :, :0]), {"rel_pos": REL}, "k must hold at least one key, got none"),
     "beyond the table": ((X, X, X), {"rel_pos": REL, "key_offset": 1}, "must be at most Tk 10, got 11"),
 }  # fmt: skip
 

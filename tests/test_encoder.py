@@ -5,6 +5,7 @@ import torch
 
 from fastflow import ConformerEncoder, PreLookaheadLayer, UpsampleConformerEncoder
 from fastflow.encoder import relative_positions
+from fastflow.testing.counters import SavedTensors
 
 PUBLISHED = {
     "input_layer": "linear",
@@ -16,7 +17,7 @@ PUBLISHED = {
 
 def encoder(cls: type = ConformerEncoder, **options):
     torch.manual_seed(0)
-    return cls(16, 32, 4, 64, 2, **PUBLISHED, **options).eval()
+    return cls(16, 32, 4, 64, 2, **{**PUBLISHED, **options}).eval()
 
 
 def test_positions_run_from_far_left_to_far_right() -> None:
@@ -102,6 +103,20 @@ def test_context_of_another_length_is_named() -> None:
 def test_context_is_for_inference() -> None:
     with pytest.raises(ValueError, match=r"call eval\(\) first"):
         PreLookaheadLayer(8, 16, 3)(torch.zeros(1, 5, 8), context=torch.zeros(1, 3, 8))
+
+
+def test_gradient_checkpointing_saves_less_and_changes_nothing() -> None:
+    saved, results = {}, {}
+    for keep_less in (False, True):
+        module = encoder(gradient_checkpointing=keep_less, dropout_rate=0.1, attention_dropout_rate=0.1).train()
+        x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
+        with SavedTensors(module.parameters()) as tensors:
+            h, _ = module(x, torch.tensor([9, 5]))
+        saved[keep_less] = tensors.bytes
+        results[keep_less] = torch.autograd.grad(h.square().sum(), list(module.parameters()))
+    assert saved[True] < saved[False] / 3
+    for got, want in zip(results[True], results[False], strict=True):
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(

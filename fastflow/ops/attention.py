@@ -16,7 +16,8 @@ that sees no key has the output 0 and gives no gradient.  The scores are
 the key furthest to the left to the one furthest to the right).  Dropout acts on the probabilities; whether one is kept
 is a pure function of the seed and its place (:func:`dropout_mask`), so the backward pass recomputes it.
 
-Saved for the backward pass: q, k, v, the output and the logarithm of each query's softmax sum; nothing of size Tq x Tk.
+Saved for the backward pass: q, k, v, the output and the logarithm of each query's softmax sum (in a scale of the
+backend's own); nothing of size Tq x Tk.
 """
 
 from collections.abc import Callable
@@ -147,7 +148,8 @@ def attention_ref(
     rule = (lengths, queries, keys, chunk_size, num_left_chunks, key_offset, padded_queries, q.device)
     visible = visible_keys(*rule)[:, None]
     if rel_pos is None and not dropout_p:  # its result is 0, too, where no key is visible
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale)
+        mask = None if lengths is None and chunk_size == 0 else visible
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if rel_pos is None:
         scores = q @ k.transpose(2, 3)
     else:
@@ -267,6 +269,8 @@ class AttentionFunction(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ public
 def _check_relative(q: Tensor, k: Tensor, rel_pos: RelativePosition) -> None:
     heads, width = q.shape[1], q.shape[3]
+    if not k.shape[2]:
+        raise ValueError("with rel_pos, k must hold at least one key, got none")
     wanted = {
         "rel_pos.position": (heads, 2 * k.shape[2] - 1, width),
         "rel_pos.bias_u": (heads, width),

@@ -9,7 +9,7 @@ import torch
 
 def repair() -> None:
     """Apply the repairs below to the interpreter of the installed Triton."""
-    np.seterr(divide="ignore", invalid="ignore")  # log2(0) and inf - inf are as silent as on a GPU
+    np.seterr(divide="ignore", invalid="ignore", over="ignore")  # log2(0), inf - inf, exp2(200): silent on a GPU
     _round_bfloat16()
     _patch_language_once()
     _skip_unused_checks()
