@@ -103,9 +103,9 @@ def _training(preset: str, rows: int, frames: int, device: torch.device) -> Flow
     return FlowJob(spec, {name: x.to(device) for name, x in batch.items()}, train=True, device=device)
 
 
-def _inference(preset: str, prompt_s: float, target_s: float, device: torch.device) -> FlowJob:
+def _inference(preset: str, prompt: int, target: int, device: torch.device) -> FlowJob:
+    """An utterance of ``target`` tokens after a prompt of ``prompt`` tokens."""
     spec = config.preset(preset)
-    prompt, target = (int(seconds * spec["input_frame_rate"]) for seconds in (prompt_s, target_s))
     arguments: dict[str, Any] = {
         "token": _tokens(spec, 1, target).int(),
         "token_len": torch.tensor([target], dtype=torch.int32),
@@ -156,12 +156,17 @@ def _cases() -> list[Case]:
                     flow=True,
                 )
             )
-        infer = functools.partial(_inference, preset, 5, 10)
-        title = f"{preset}, 5 s prompt + 10 s utterance"
-        cases.append(Case(f"{version}/infer-5s+10s", title, infer, heavy=True, flow=True))
+        rate = config.preset(preset)["input_frame_rate"]
+        for name, tokens, title in (
+            ("50+100", (50, 100), "50 prompt tokens + 100 tokens"),
+            ("5s+10s", (5 * rate, 10 * rate), "5 s prompt + 10 s utterance"),
+        ):
+            infer = functools.partial(_inference, preset, *tokens)
+            cases.append(Case(f"{version}/infer-{name}", f"{preset}, {title}", infer, heavy=True, flow=True))
     for name, preset in (("tiny-v1", "tiny"), ("tiny-v2", "tiny2"), ("tiny-v3", "tiny3")):
         train = functools.partial(_training, preset, 2, 60)
-        infer = functools.partial(_inference, preset, 1, 2)
+        rate = config.preset(preset)["input_frame_rate"]
+        infer = functools.partial(_inference, preset, rate, 2 * rate)
         quick = name == "tiny-v1"
         train_title, infer_title = "tiny flow, training batch 2 x 60 frames", "tiny flow, 1 s prompt + 2 s utterance"
         cases.append(Case(f"{name}/train-2x60", train_title, train, quick=quick, flow=True))

@@ -188,7 +188,7 @@ def test_the_quick_run_writes_valid_json_and_a_picture(tmp_path):
 
 
 def test_cases_are_found_by_name():
-    assert [case.name for case in run.choose("v3/infer*", False, "cpu")] == ["v3/infer-5s+10s"]
+    assert [case.name for case in run.choose("v3/infer*", False, "cpu")] == ["v3/infer-50+100", "v3/infer-5s+10s"]
     quick = run.choose(None, True, "cpu")
     assert quick
     assert all(case.quick for case in quick)
@@ -220,8 +220,8 @@ def test_a_training_batch_has_rows_of_falling_length(name, tokens, frames):
     assert batch["speech_feat_len"].unique().numel() == 4
 
 
-def test_inference_has_the_named_seconds_of_prompt_and_target():
-    spec, inputs = config.preset("tiny"), registry._inference("tiny", 1, 2, CPU).inputs
+def test_inference_has_the_named_tokens_of_prompt_and_target():
+    spec, inputs = config.preset("tiny"), registry._inference("tiny", 50, 100, CPU).inputs
     assert inputs["prompt_token"].shape[1] == spec["input_frame_rate"]
     assert inputs["token"].shape[1] == 2 * spec["input_frame_rate"]
     assert inputs["prompt_feat"].shape[1] == 22050 // 256
