@@ -60,7 +60,7 @@ void feed_forward(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>&
                                true);
       }
     }
-    for (int64_t i = 0; i < count; ++i) finish<T>(args, first + i, 0, args.out_channels, sums.row(i));
+    finish<T>(args, first, count, 0, args.out_channels, sums.data, sums.stride);
   });
 }
 

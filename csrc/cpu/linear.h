@@ -102,25 +102,31 @@ class Reader {
   int64_t row_ = -1;  // whose scale and shift are held
 };
 
-// `count` results of one frame, from channel `first` on: times the gate, plus the residual.
+// Results of frames [first, first + count), of `columns` channels from `column` on: times the gate, plus the residual.
 template <typename T>
-inline void finish(const LinearArgs& args, int64_t frame, int64_t first, int64_t count, Wide<T>* __restrict y) {
-  const int64_t b = frame / args.frames, t = frame % args.frames;
-  if (args.gate.data) {
-    const T* gate = static_cast<const T*>(args.gate.data) + b * args.gate.row_stride + first * args.gate.channel_stride;
-    for (int64_t c = 0; c < count; ++c) y[c] *= widen(gate[c * args.gate.channel_stride]);
+[[gnu::always_inline]] inline void finish(const LinearArgs& args, int64_t first, int64_t count, int64_t column,
+                                          int64_t columns, Wide<T>* results, int64_t stride) {
+  const Vectors& gates = args.gate;
+  const Signal& x = args.residual;
+  int64_t b = first / args.frames, t = first % args.frames;
+  for (int64_t i = 0; i < count; ++i) {
+    Wide<T>* __restrict y = results + i * stride;
+    T* __restrict out = static_cast<T*>(args.out) + (first + i) * args.out_channels + column;
+    if (gates.data) {
+      const T* gate = static_cast<const T*>(gates.data) + b * gates.row_stride + column * gates.channel_stride;
+      for (int64_t c = 0; c < columns; ++c) y[c] *= widen(gate[c * gates.channel_stride]);
+    }
+    if (x.data) {
+      const T* residual =
+          static_cast<const T*>(x.data) + b * x.row_stride + t * x.frame_stride + column * x.channel_stride;
+      if (x.channel_stride == 1)
+        for (int64_t c = 0; c < columns; ++c) y[c] += widen(residual[c]);
+      else
+        for (int64_t c = 0; c < columns; ++c) y[c] += widen(residual[c * x.channel_stride]);
+    }
+    for (int64_t c = 0; c < columns; ++c) narrow(y[c], out[c]);
+    if (++t == args.frames) t = 0, ++b;
   }
-  if (args.residual.data) {
-    const Signal& x = args.residual;
-    const T* residual =
-        static_cast<const T*>(x.data) + b * x.row_stride + t * x.frame_stride + first * x.channel_stride;
-    if (x.channel_stride == 1)
-      for (int64_t c = 0; c < count; ++c) y[c] += widen(residual[c]);
-    else
-      for (int64_t c = 0; c < count; ++c) y[c] += widen(residual[c * x.channel_stride]);
-  }
-  T* out = static_cast<T*>(args.out) + frame * args.out_channels + first;
-  for (int64_t c = 0; c < count; ++c) narrow(y[c], out[c]);
 }
 
 // Call visit(first, count) for task after task of args.block frames, until none is left.

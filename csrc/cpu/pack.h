@@ -47,19 +47,24 @@ inline Vector<double> load_wide(const double* from) {
   return load(from);
 }
 
-// kLanes rows of `depth` values, null where there is none -> element (k, row) at to[k * kColumns + row].
+// kColumns rows of `depth` values, null where there is none -> element (k, row) at to[k * kColumns + row].
 template <typename T>
 void pack_rows(const T* const* rows, int64_t depth, Wide<T>* to) {
   using Real = Wide<T>;
+  constexpr int64_t lanes = kLanes<Real>, columns = kColumns<Real>;
   int64_t k = 0;
-  for (; k + kLanes<Real> <= depth; k += kLanes<Real>) {
-    Vector<Real> tile[kLanes<Real>];
-    for (int64_t i = 0; i < kLanes<Real>; ++i) tile[i] = rows[i] ? load_wide(rows[i] + k) : Vector<Real>{};
-    transpose<Real>(tile);
-    for (int64_t i = 0; i < kLanes<Real>; ++i) store(to + (k + i) * kColumns<Real>, tile[i]);
-  }
+  for (; k + columns <= depth; k += columns)  // a square, so that cache lines are read and written as a whole
+    for (int64_t row = 0; row < columns; row += lanes)
+      for (int64_t step = k; step < k + columns; step += lanes) {
+        Vector<Real> tile[lanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) tile[i] = rows[row + i] ? load_wide(rows[row + i] + step) : Vector<Real>{};
+        transpose<Real>(tile);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < lanes; ++i) store(to + (step + i) * columns + row, tile[i]);
+      }
   for (; k < depth; ++k)
-    for (int64_t i = 0; i < kLanes<Real>; ++i) to[k * kColumns<Real> + i] = rows[i] ? widen(rows[i][k]) : Real{};
+    for (int64_t i = 0; i < columns; ++i) to[k * columns + i] = rows[i] ? widen(rows[i][k]) : Real{};
 }
 
 template <typename Real>
@@ -88,8 +93,7 @@ void pack_panel(const Weights& weights, int64_t p, Wide<T>* packed) {
       if (bias) panel[i] = widen(bias[(i - first) * part.bias.channel_stride]);
     }
   }
-  for (int64_t i = 0; i < kColumns<Real>; i += kLanes<Real>)
-    pack_rows(rows + i, weights.depth, panel + kColumns<Real> + i);
+  pack_rows(rows, weights.depth, panel + kColumns<Real>);
 }
 
 // c = bias + a * panel, for `rows` rows and kColumns columns.

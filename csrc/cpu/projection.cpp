@@ -25,13 +25,10 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
       multiply_panel(count, args.channels, input.data, input.stride, packed + panel_offset<Real>(args.channels, p),
                      tile, kColumns<Real>);
       const int64_t column = p * kColumns<Real>, columns = args.out_channels - column;
-      for (int64_t i = 0; i < count; ++i) {
-        Real* y = tile + i * kColumns<Real>;
-        if (columns >= kColumns<Real>)
-          finish<T>(args, first + i, column, kColumns<Real>, y);
-        else
-          finish<T>(args, first + i, column, columns, y);
-      }
+      if (columns >= kColumns<Real>)
+        finish<T>(args, first, count, column, kColumns<Real>, tile, kColumns<Real>);
+      else
+        finish<T>(args, first, count, column, columns, tile, kColumns<Real>);
     }
   });
 }
