@@ -17,6 +17,7 @@
 #include "build_info.h"
 #include "cpu/kernels.h"
 #include "interpolate.h"
+#include "linear.h"
 
 #ifdef FASTFLOW_CUDA
 #include <dlfcn.h>
@@ -366,6 +367,215 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_attention_ba
           sum_groups(bias_v_sums, args.groups, bias_v)};
 }
 
+// ------------------------------------------------------------------------------------------------ projection,
+// feed_forward
+constexpr int64_t kRowStep = 12;             // a multiple of the rows of a register tile on every instruction set
+constexpr int64_t kBlockBytes = 160 * 1024;  // of a thread's cache for the input of a task
+constexpr int64_t kMostRows = 8 * kRowStep;  // of a task
+constexpr int64_t kWorkspaceMargin = 1024;   // bytes between the workspaces of two threads
+
+Signal signal_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The norm of the schema, in its order.
+struct NormRule {
+  OptionalTensor scale, shift;
+  std::optional<double> eps;  // none: no norm
+};
+
+// [size], or, where `batch` >= 0, [batch, size].
+Vectors vectors_of(const char* name, const OptionalTensor& x, int64_t batch, int64_t size, ScalarType dtype) {
+  if (!x) return {};
+  const bool per_row = batch >= 0 && x->dim() == 2;
+  if (per_row)
+    check_tensor(name, *x, {batch, size}, dtype);
+  else
+    check_tensor(name, *x, {size}, dtype);
+  return {x->data_ptr(), per_row ? x->stride(0) : 0, x->stride(per_row ? 1 : 0)};
+}
+
+// Weights below each other, with what their pointers need to live.
+struct Stack {
+  std::vector<Tensor> tensors;
+  std::vector<Weight> parts;
+  int64_t rows = 0, depth;
+
+  Stack(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases, int64_t depth, ScalarType dtype)
+      : depth(depth) {
+    STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "weights and biases must be as many, got ",
+                    weights.size(), " and ", biases.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      STD_TORCH_CHECK(weights[i].dim() == 2, "a weight must have shape [N, C]");
+      const int64_t count = weights[i].size(0);
+      check_tensor("a weight", weights[i], {count, depth}, dtype);
+      tensors.push_back(weights[i].stride(1) == 1 ? weights[i] : torch::stable::contiguous(weights[i]));
+      parts.push_back(
+          {tensors[i].data_ptr(), count, tensors[i].stride(0), vectors_of("a bias", biases[i], -1, count, dtype)});
+      rows += count;
+    }
+  }
+  Weights weights() const { return {parts.data(), static_cast<int64_t>(parts.size()), rows, depth}; }
+};
+
+// One workspace with the packed form of each stack; the panels of all are shared among the threads.
+Tensor pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
+  const Dtype dtype = dtype_of(x);
+  std::vector<int64_t> panels = {0}, offsets = {0};
+  for (const Stack* stack : stacks) {
+    panels.push_back(panels.back() + cpu::kernels().pack_panels(stack->rows, dtype));
+    offsets.push_back(offsets.back() + cpu::kernels().pack_elements(stack->rows, stack->depth, dtype));
+  }
+  const Tensor workspace = torch::stable::new_empty(x, {offsets.back()}, wide_type(x));
+  char* memory = static_cast<char*>(workspace.data_ptr());
+  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * workspace.element_size();
+  torch::stable::parallel_for(0, panels.back(), 4, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < stacks.size(); ++i) {
+      const int64_t first = max_of(begin, panels[i]) - panels[i], last = min_of(end, panels[i + 1]) - panels[i];
+      if (first < last) cpu::kernels().pack(stacks[i]->weights(), dtype, const_cast<void*>(*packed[i]), first, last);
+    }
+  });
+  return workspace;
+}
+
+LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
+                       const OptionalTensor& gate, const OptionalTensor& residual, const Tensor& out) {
+  const ScalarType dtype = x.scalar_type();
+  LinearArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
+  args.x = signal_of(x);
+  args.norm = norm.eps.has_value();
+  args.eps = norm.eps.value_or(0);
+  args.scale = vectors_of("scale", norm.scale, args.batch, args.channels, dtype);
+  args.shift = vectors_of("shift", norm.shift, args.batch, args.channels, dtype);
+  args.stats = stats.data_ptr();
+  args.out_channels = out_channels;
+  if (gate) check_tensor("gate", *gate, {args.batch, out_channels}, dtype);
+  args.gate = vectors_of("gate", gate, args.batch, out_channels, dtype);
+  if (residual) {
+    check_tensor("residual", *residual, {args.batch, args.frames, out_channels}, dtype);
+    args.residual = signal_of(*residual);
+  }
+  args.out = out.data_ptr();
+  return args;
+}
+
+// Blocks of rows whose width (in elements) fits into a thread's cache, as many for every thread.
+void run_linear(decltype(cpu::Kernels::projection_workspace) elements_of,
+                decltype(cpu::Kernels::projection_forward) kernel, LinearArgs& args, const Tensor& x, int64_t width) {
+  const int64_t frames = args.batch * args.frames, threads = torch::stable::get_num_threads();
+  if (frames == 0 || args.out_channels == 0) return;
+  const int64_t size = wide_type(x) == ScalarType::Double ? 8 : 4;
+  const int64_t most = min_of(max_of(kBlockBytes / (width * size) / kRowStep, 1) * kRowStep, kMostRows);
+  const int64_t blocks = ceil_div(ceil_div(frames, most), threads) * threads;
+  args.block = ceil_div(ceil_div(frames, blocks), kRowStep) * kRowStep;
+  const Dtype dtype = dtype_of(x);
+  const int64_t tasks = ceil_div(frames, args.block), workers = min_of(threads, tasks);
+  const int64_t elements = ceil_div(elements_of(args, dtype), kWorkspaceMargin) * kWorkspaceMargin + kWorkspaceMargin;
+  const Tensor workspace = torch::stable::new_empty(x, {workers * elements}, wide_type(x));
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
+    kernel(args, dtype, static_cast<char*>(workspace.data_ptr()) + begin * elements * size, next);
+  });
+}
+
+void check_signal(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) > 0, "x must have shape [B, T, C] and be on the CPU");
+}
+
+Tensor new_stats(const Tensor& x, const NormRule& norm) {
+  return torch::stable::new_empty(x, {norm.eps ? 2 : 0, x.size(0), x.size(1)}, wide_type(x));
+}
+
+std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                          std::vector<OptionalTensor> biases, OptionalTensor scale,
+                                          OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
+                                          OptionalTensor gate) {
+  check_signal(x);
+  const NormRule norm = {scale, shift, eps};
+  const Stack stack(weights, biases, x.size(2), x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
+  LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
+  const void** packed[] = {&args.packed_out};
+  const Tensor memory = pack_weights(x, {&stack}, packed);
+  run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tensor& w1, OptionalTensor b1,
+                                                    const Tensor& w2, OptionalTensor b2, int64_t activation,
+                                                    OptionalTensor scale, OptionalTensor shift,
+                                                    std::optional<double> eps, OptionalTensor gate, bool residual,
+                                                    bool save_hidden) {
+  check_signal(x);
+  STD_TORCH_CHECK(w1.dim() == 2 && w1.size(0) > 0, "w1 must have shape [H, C]");
+  STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
+  const NormRule norm = {scale, shift, eps};
+  const Stack first({w1}, {b1}, x.size(2), x.scalar_type()), second({w2}, {b2}, first.rows, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), second.rows}), stats = new_stats(x, norm);
+  Tensor hidden = torch::stable::new_empty(x, {save_hidden ? x.size(0) : 0, x.size(1), first.rows});
+  LinearArgs args =
+      linear_args(x, norm, stats, second.rows, gate, residual ? OptionalTensor(x) : OptionalTensor(), out);
+  args.activation = static_cast<Activation>(activation);
+  args.hidden = first.rows;
+  args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
+  const void** packed[] = {&args.packed_hidden, &args.packed_out};
+  const Tensor memory = pack_weights(x, {&first, &second}, packed);
+  run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
+             (args.channels + args.out_channels) * 2 / 3);
+  return {out, stats, hidden};
+}
+
+void check_wide(const char* name, const Tensor& x, const std::vector<int64_t>& shape, const Tensor& like) {
+  check_tensor(name, x, shape, wide_type(like));
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& stats,
+                                                     OptionalTensor scale, OptionalTensor shift,
+                                                     OptionalTensor grad_residual) {
+  check_signal(x);
+  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2), chunks = ceil_div(frames, kNormChunk);
+  const std::vector<int64_t> shape = {batch, frames, channels};
+  check_wide("x", x, shape, x);
+  check_wide("grad", grad, shape, x);
+  check_wide("stats", stats, {2, batch, frames}, x);
+  if (grad_residual) check_wide("grad_residual", *grad_residual, shape, x);
+  Tensor grad_x = torch::stable::new_empty(x, shape), normalised = torch::stable::new_empty(x, shape);
+  Tensor sums = torch::stable::new_empty(x, {batch, chunks, 2, channels});
+  const NormBackwardArgs args = {batch,
+                                 frames,
+                                 channels,
+                                 grad.data_ptr(),
+                                 x.data_ptr(),
+                                 stats.data_ptr(),
+                                 vectors_of("scale", scale, batch, channels, x.scalar_type()),
+                                 vectors_of("shift", shift, batch, channels, x.scalar_type()),
+                                 grad_residual ? grad_residual->data_ptr() : nullptr,
+                                 grad_x.data_ptr(),
+                                 normalised.data_ptr(),
+                                 sums.data_ptr()};
+  const int64_t tasks = batch * chunks, workers = min_of(torch::stable::get_num_threads(), tasks);
+  const Tensor workspace = torch::stable::new_empty(x, {workers, 2 * channels});
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    void* scratch = static_cast<char*>(workspace.data_ptr()) + begin * 2 * channels * x.element_size();
+    cpu::kernels().norm_backward(args, dtype_of(x), scratch, tasks * begin / workers, tasks * end / workers);
+  });
+  return {grad_x, normalised, sums};
+}
+
+std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Tensor& hidden, int64_t activation) {
+  check_signal(hidden);
+  const std::vector<int64_t> shape = {hidden.size(0), hidden.size(1), hidden.size(2)};
+  check_wide("hidden", hidden, shape, hidden);
+  check_wide("grad", grad, shape, hidden);
+  Tensor activated = torch::stable::new_empty(hidden, shape), grad_hidden = torch::stable::new_empty(hidden, shape);
+  const ActivationBackwardArgs args = {static_cast<Activation>(activation), grad.data_ptr(), hidden.data_ptr(),
+                                       activated.data_ptr(), grad_hidden.data_ptr()};
+  torch::stable::parallel_for(0, hidden.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    cpu::kernels().activation_backward(args, dtype_of(hidden), begin, end);
+  });
+  return {activated, grad_hidden};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -413,6 +623,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
   m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
+  m.impl("projection", TORCH_BOX(&projection_cpu));
+  m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
 }
 
 #ifdef FASTFLOW_CUDA
