@@ -15,7 +15,10 @@ namespace {
    &capability::attention_workspace,  \
    &capability::attention_forward,    \
    &capability::attention_backward,   \
-   &capability::attention_sum}
+   &capability::attention_sum,        \
+   &capability::conv_block_shared,    \
+   &capability::conv_block_plan,      \
+   &capability::conv_block_run}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../conv_block.h"
 #include "../interpolate.h"
 
 namespace fastflow::cpu {
@@ -20,6 +21,10 @@ namespace fastflow::cpu {
   void attention_backward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next); \
   void attention_sum(const void* sums, int64_t groups, int64_t count, Dtype dtype, void* result, int64_t begin, \
                      int64_t end);                                                                              \
+  int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                             \
+  ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                  \
+  void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,            \
+                      std::atomic<int64_t>& next);                                                              \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -37,6 +42,11 @@ struct Kernels {
   decltype(&baseline::attention_backward) attention_backward;
   // result[n] = sum over groups of sums[group * count + n], for n in [begin, end).
   decltype(&baseline::attention_sum) attention_sum;
+  // Elements, of the type to compute in, of the memory that the threads of all phases share.
+  decltype(&baseline::conv_block_shared) conv_block_shared;
+  decltype(&baseline::conv_block_plan) conv_block_plan;
+  // Takes task after task of a phase, as attention does.
+  decltype(&baseline::conv_block_run) conv_block_run;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.
