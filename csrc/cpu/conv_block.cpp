@@ -94,7 +94,8 @@ struct Shared {
   }
 };
 
-constexpr int64_t kWeightRows = 48;  // output channels of a task of the weight's gradient
+constexpr int64_t kWeightRows = 48;   // output channels of a task of the weight's gradient
+constexpr int64_t kWeightDepth = 96;  // frames of one of its products
 template <typename Real>
 constexpr int64_t kWeightColumns = 2 * kColumns<Real>;  // its input channels
 
@@ -640,10 +641,10 @@ void write_grad_weight(const ConvBlockArgs& args, int64_t first_row, int64_t fir
   Real* products = local.input;
   clear(products, rows * stride);
   for (int64_t b = 0; b < args.batch; ++b)
-    for (int64_t t = 0, active = active_frames(args, b); t < active; t += kDepth)
+    for (int64_t t = 0, active = active_frames(args, b); t < active; t += kWeightDepth)
       for (int64_t tap = 0; tap < kTaps; ++tap) {
         Real* x = shared.x_row(args, b, t + tap - left_of(args)) + first_column;
-        multiply<Left::columns>(rows, ceil_div(columns, kColumns<Real>), min_of(kDepth, active - t),
+        multiply<Left::columns>(rows, ceil_div(columns, kColumns<Real>), min_of(kWeightDepth, active - t),
                                 shared.dy_row(args, b, t) + first_row, shared.width_stride,
                                 Panels<Real>{x, shared.channel_stride, kColumns<Real>}, products + tap * width, stride,
                                 true);
