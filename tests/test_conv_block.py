@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fastflow import backend as _backend
 from fastflow.ops import conv_block, conv_block_ref
 from fastflow.ops.conv_block import DTYPES
 from fastflow.testing import poison
@@ -53,7 +52,8 @@ def make(form, dtype=torch.float32, device="cpu", batch=3, frames=19, channels=1
     """Tensors by name, the output's gradient, and the other arguments of a form."""
     rule = {"lengths": lengths, **(FORMS[form] if isinstance(form, str) else form)}
     if rule["lengths"] is not None:
-        rule["lengths"] = torch.tensor([min(n, frames) for n in rule["lengths"]][:batch], device=device)
+        cut = [min(n, frames) for n in rule["lengths"][:batch]]
+        rule["lengths"] = torch.tensor(cut, dtype=torch.int64, device=device)
     shapes = {"x": (batch, frames, channels), "weight": (width, channels, 3), "bias": (width,),
               "norm_weight": (width,), "norm_bias": (width,)}  # fmt: skip
     if rule.pop("time", True):
@@ -111,25 +111,31 @@ def test_matches_the_reference_in_every_dtype(form, dtype, backend, device):
 @main_forms
 @pytest.mark.parametrize(
     ("frames", "channels", "width"),
-    [(2, 17, 64), (15, 1, 16), (17, 15, 72), (63, 63, 8), (129, 2, 40), (49, 129, 24), (97, 16, 136), (48, 320, 32)],
+    [(2, 17, 64), (15, 1, 16), (17, 15, 72), (63, 63, 16), (129, 2, 40), (49, 129, 24), (97, 16, 136), (48, 320, 32)],
 )
 def test_odd_sizes(frames, channels, width, form, backend, device):
-    case = make(form, device=device, frames=frames, channels=channels, width=width, lengths=(frames, frames // 2 + 1))
+    lengths = frames, frames // 2 + 1
+    case = make(form, device=device, batch=2, frames=frames, channels=channels, width=width, lengths=lengths)
     assert_right(*case, backend, f"conv_block {backend} {frames} x {channels} -> {width}")
 
 
 @pytest.mark.parametrize("width", [1, 2, 15, 17, 63, 129])
 @pytest.mark.parametrize("form", ["CosyVoice 2", "length regulator"])
 def test_odd_widths(width, form, backend, device):
-    """LayerNorm of one channel is zero, so there is nothing to compare but the shift."""
+    """Of one or two channels LayerNorm leaves no more than a sign, and GroupNorm of one drops the bias."""
     case = make(form, device=device, frames=31, channels=17, width=width)
-    names = ["out", "grad_norm_bias", "grad_time_bias"] if width == 1 and "2" in form else None
+    names = None
+    if width <= 2 and form == "CosyVoice 2":
+        names = ["out", "grad_norm_bias", "grad_time_bias"]
+    elif width == 1:
+        names = ["out", "grad_x", "grad_weight", "grad_norm_weight", "grad_norm_bias", "grad_time_bias"]
     assert_right(*case, backend, f"conv_block {backend} -> {width}", names)
 
 
 @main_forms
 def test_one_frame(form, backend, device):
-    assert_right(*make(form, device=device, frames=1, width=64, lengths=(1, 1)), backend, f"conv_block {backend} T=1")
+    case = make(form, device=device, batch=2, frames=1, width=64, lengths=(1, 1))
+    assert_right(*case, backend, f"conv_block {backend} {form} one frame")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -271,7 +277,7 @@ def test_padding_is_never_read(form, backend, device):
     want = run(tensors, grad, rule, backend=backend)
     dirty = tensors | {"x": tensors["x"].masked_fill(padding, math.nan)}
     if "time_bias" not in tensors:  # which is added there
-        grad = grad.masked_fill(padding, math.nan) if backend != "reference" else grad
+        grad = grad.masked_fill(padding, math.nan)
     assert_same(run(dirty, grad, rule, backend=backend), want)
 
 
@@ -307,9 +313,7 @@ def test_gradcheck(form, backend, device):
     if torch.float64 not in DTYPES.get(backend, (torch.float64,)):
         pytest.skip(f"backend {backend} has no float64")
     rule = FORMS[form] | {"groups": min(FORMS[form].get("groups", 0), 3)}
-    tensors, _, rule = make(rule, torch.float64, device, batch=2, frames=5, channels=2, width=12, lengths=(5, 2))
-    if rule["groups"] and 12 % rule["groups"]:
-        rule["groups"] = 3
+    tensors, _, rule = make(rule, torch.float64, device, batch=2, frames=5, channels=2, width=6, lengths=(5, 2))
 
     def function(*values):
         return call(conv_block, dict(zip(tensors, values, strict=True)), rule, backend=backend)
@@ -450,7 +454,7 @@ BAD_INPUT = {
     "two dimensions": ((X[0], W, V, V, V), {}, r"x must have shape \[B, T, C >= 1\].*got \[10, 6\]"),
     "integers": ((X.long(), W, V, V, V), {}, "x must have .* a floating dtype, got .* torch.int64"),
     "no channels": ((X[..., :0], W[:, :0], V, V, V), {}, "x must have shape"),
-    "channels first": ((X.transpose(1, 2), W, V, V, V), {}, r"weight must have shape \[C' >= 1, 10, 3\], got \[8, 6, 3"),
+    "channels first": ((X.transpose(1, 2), W, V, V, V), {}, r"weight must have shape \[C' >= 1, 10, 3\]"),
     "five taps": ((X, torch.zeros(8, 6, 5), V, V, V), {}, r"weight must have shape .*, got \[8, 6, 5\]"),
     "no result": ((X, W[:0], V[:0], V[:0], V[:0]), {}, "weight must have shape"),
     "short bias": ((X, W, V[1:], V, V), {}, r"bias must have shape \[8\], got \[7\]"),
@@ -458,9 +462,9 @@ BAD_INPUT = {
     "short shift": ((X, W, V, V, V[1:]), {}, "norm_bias must have shape"),
     "weight of another dtype": ((X, W.double(), V, V, V), {}, "weight is torch.float64 on .* but x is torch.float32"),
     "bias elsewhere": ((X, W, V.to("meta"), V, V), {}, "bias is torch.float32 on meta but x is"),
-    "time of other rows": ((X, W, V, V, V), {"time_bias": V[None]}, r"time_bias must have shape \[2, 8\], got \[1, 8\]"),
+    "time of other rows": ((X, W, V, V, V), {"time_bias": V[None]}, r"time_bias must .* \[2, 8\], got \[1, 8\]"),
     "time of another dtype": ((X, W, V, V, V), {"time_bias": torch.zeros(2, 8).half()}, "time_bias is torch.float16"),
-    "lengths of other rows": ((X, W, V, V, V), {"lengths": torch.zeros(3, dtype=torch.int64)}, r"shape \[2\], got \[3\]"),
+    "lengths of other rows": ((X, W, V, V, V), {"lengths": torch.zeros(3).long()}, r"shape \[2\], got \[3\]"),
     "float lengths": ((X, W, V, V, V), {"lengths": torch.zeros(2)}, "lengths must be int32 or int64 .* torch.float32"),
     "lengths elsewhere": ((X, W, V, V, V), {"lengths": torch.zeros(2, dtype=torch.int64, device="meta")},
                           "lengths is on meta"),

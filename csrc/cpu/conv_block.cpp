@@ -57,7 +57,7 @@ enum Sum { kGradient, kGradientTimesX, kOutput, kTime, kSums };  // of dz, dz * 
 template <typename Real>
 struct Shared {
   int64_t blocks, channel_stride, width_stride;
-  Real *weight, *moments;           // forward: the moments of each block and group
+  Real *weight, *moments;            // forward: the moments of each block and group
   Real *transposed, *sums, *dy, *x;  // backward; dy and x with the frames of zeros that the taps reach
 
   Shared(Pieces<Real> pieces, const ConvBlockArgs& args, bool backward, int64_t* total = nullptr)
@@ -102,7 +102,7 @@ constexpr int64_t kWeightColumns = 2 * kColumns<Real>;  // its input channels
 // What each thread needs.
 template <typename Real>
 struct Local {
-  Real *input, *output;  // a block of frames
+  Real *input, *output;                                                             // a block of frames
   Real *bias, *scale, *shift, *time, *mean, *rstd, *factor, *first, *second, *row;  // of all channels each
 
   Local(Pieces<Real> pieces, const ConvBlockArgs& args, int64_t* total = nullptr) {
@@ -338,8 +338,7 @@ struct Total {
 
 // The moments of group g of a row of the batch, all blocks and the frames whose y is the bias.
 template <typename Real>
-Moments combine_moments(const ConvBlockArgs& args, int64_t b, int64_t g, const Shared<Real>& shared,
-                        const Real* bias) {
+Moments combine_moments(const ConvBlockArgs& args, int64_t b, int64_t g, const Shared<Real>& shared, const Real* bias) {
   const int64_t size = args.width / args.groups, active = active_frames(args, b);
   Total total, channels;
   for (int64_t block = 0; block * kBlock < active; ++block) {
@@ -465,8 +464,8 @@ void normalise_block(const ConvBlockArgs& args, int64_t b, int64_t block, const 
 }
 
 // ------------------------------------------------------------------------------------------------ backward
-// The normalised y of one frame and dz, the gradient before Mish, in place of y and of the output's gradient; adds dz and
-// dz * y to their sums.  The step of mean and rstd is that of the channels, or 0 for LayerNorm.
+// The normalised y of one frame and dz, the gradient before Mish, in place of y and of the output's gradient; adds dz
+// and dz * y to their sums.  The step of mean and rstd is that of the channels, or 0 for LayerNorm.
 template <int64_t step, typename Real>
 [[gnu::noinline]] void differentiate_row(int64_t width, Real* y, Real* grad, const Real* mean, const Real* rstd,
                                          const Local<Real>& local, Real* sums, Real* sums_times_x) {
@@ -669,8 +668,7 @@ void write_sum(const ConvBlockArgs& args, int64_t first, int64_t last, Sum which
         const Wide<T>* sums = shared.sum(b, block, which) + begin;
         for (int64_t c = 0; c < count; ++c) total[c] += static_cast<double>(sums[c]);
       }
-    for (int64_t c = 0; c < count; ++c)
-      narrow(static_cast<Wide<T>>(total[c]), static_cast<T*>(result)[begin + c]);
+    for (int64_t c = 0; c < count; ++c) narrow(static_cast<Wide<T>>(total[c]), static_cast<T*>(result)[begin + c]);
   }
 }
 

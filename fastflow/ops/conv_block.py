@@ -92,7 +92,7 @@ def conv_block_ref(
 
 
 # ------------------------------------------------------------------------------------------------ fused
-# The results of the forward pass are the output, and for the backward pass y, mean and rstd (of shape [0] unless `save`).
+# The forward pass returns the output and, for the backward pass, y, mean and rstd, which have shape [0] unless `save`.
 # `wanted` has a bit for each gradient: x, weight, bias, norm_weight, norm_bias, time_bias; the others have shape [0].
 _PARAMETERS = "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor? lengths"
 _RULE = "int groups, bool causal, bool exact, float eps"
@@ -108,7 +108,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("fastflow::conv_block")
-def _forward_fake(x, weight, bias, scale, shift, lengths, time_bias, groups, causal, exact, eps, save):  # type: ignore[no-untyped-def]
+def _forward_fake(x, weight, bias, scale, shift, lengths, time, groups, causal, exact, eps, save):  # type: ignore
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = (*x.shape[:2], weight.shape[0])
     statistics = (x.shape[0], groups or x.shape[1]) if save else (0,)
@@ -117,10 +117,8 @@ def _forward_fake(x, weight, bias, scale, shift, lengths, time_bias, groups, cau
 
 
 @torch.library.register_fake("fastflow::conv_block_backward")
-def _backward_fake(
-    grad, y, mean, rstd, x, weight, bias, scale, shift, lengths, groups, causal, exact, eps, wanted
-):  # type: ignore[no-untyped-def]
-    width = weight.shape[0]
+def _backward_fake(grad, y, mean, rstd, x, weight, *rest):  # type: ignore[no-untyped-def]
+    width, wanted = weight.shape[0], rest[-1]
     shapes = (x.shape, weight.shape, (width,), (width,), (width,), (x.shape[0], width))
     return tuple(x.new_empty(shape if wanted >> n & 1 else (0,)) for n, shape in enumerate(shapes))
 
