@@ -15,6 +15,7 @@
 
 #include "attention.h"
 #include "build_info.h"
+#include "conv_block.h"
 #include "cpu/kernels.h"
 #include "interpolate.h"
 #include "linear.h"
@@ -576,6 +577,131 @@ std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Ten
   return {activated, grad_hidden};
 }
 
+// ------------------------------------------------------------------------------------------------ conv_block
+Sequence sequence_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The numbers of the schema, in its order.
+struct ConvRule {
+  int64_t groups;
+  bool causal, exact;
+  double eps;
+};
+
+// The parameters, contiguous.
+struct ConvBlock {
+  ConvBlockArgs args;
+  Tensor weight, bias, norm_weight, norm_bias;
+};
+
+ConvBlock conv_block_args(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
+                          const Tensor& norm_bias, const OptionalTensor& lengths, const ConvRule& rule) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "x must have shape [B, T, C] and be on the CPU");
+  dtype_of(x);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(weight.dim() == 3 && x.size(2) > 0 && weight.size(0) > 0, "weight must have shape [C', C, 3]");
+  check_tensor("weight", weight, {weight.size(0), x.size(2), 3}, dtype);
+  ConvBlockArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2), args.width = weight.size(0);
+  check_tensor("bias", bias, {args.width}, dtype);
+  check_tensor("norm_weight", norm_weight, {args.width}, dtype);
+  check_tensor("norm_bias", norm_bias, {args.width}, dtype);
+  STD_TORCH_CHECK(rule.groups >= 0 && (rule.groups == 0 || args.width % rule.groups == 0),
+                  "groups must be 0 or divide ", args.width, ", got ", rule.groups);
+  args.groups = rule.groups, args.causal = rule.causal, args.exact = rule.exact, args.eps = rule.eps;
+  if (lengths) {
+    check_tensor("lengths", *lengths, {args.batch}, ScalarType::Long);
+    STD_TORCH_CHECK(lengths->is_contiguous(), "lengths must be contiguous");
+    args.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+  }
+  ConvBlock op = {args, torch::stable::contiguous(weight), torch::stable::contiguous(bias),
+                  torch::stable::contiguous(norm_weight), torch::stable::contiguous(norm_bias)};
+  op.args.x = sequence_of(x);
+  op.args.weight = op.weight.data_ptr(), op.args.bias = op.bias.data_ptr();
+  op.args.norm_weight = op.norm_weight.data_ptr(), op.args.norm_bias = op.norm_bias.data_ptr();
+  return op;
+}
+
+void run_conv_block(ConvBlockArgs args, const Tensor& x, bool backward, std::initializer_list<ConvBlockPhase> phases) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Dtype dtype = dtype_of(x);
+  const Tensor shared = torch::stable::new_empty(x, {kernels.conv_block_shared(args, dtype, backward)}, wide_type(x));
+  args.shared = shared.data_ptr();
+  const int64_t elements = kernels.conv_block_plan(args, dtype, *phases.begin()).elements;
+  const Tensor workspace = torch::stable::new_empty(x, {torch::stable::get_num_threads(), elements}, wide_type(x));
+  for (const ConvBlockPhase phase : phases) {
+    const int64_t tasks = kernels.conv_block_plan(args, dtype, phase).tasks;
+    const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+      char* memory = static_cast<char*>(workspace.data_ptr()) + begin * elements * workspace.element_size();
+      kernels.conv_block_run(args, dtype, phase, memory, next);
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                          const Tensor& norm_weight, const Tensor& norm_bias,
+                                                          OptionalTensor lengths, OptionalTensor time_bias,
+                                                          int64_t groups, bool causal, bool exact, double eps,
+                                                          bool save) {
+  auto [args, w, b, scale, shift] =
+      conv_block_args(x, weight, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  OptionalTensor time;
+  if (time_bias) {
+    check_tensor("time_bias", *time_bias, {args.batch, args.width}, x.scalar_type());
+    time = torch::stable::contiguous(*time_bias);
+    args.time_bias = time->data_ptr();
+  }
+  const std::vector<int64_t> shape = {args.batch, args.frames, args.width};
+  const std::vector<int64_t> statistics = {args.batch, groups ? groups : args.frames};
+  const auto saved = [&](std::vector<int64_t> shape) { return save ? shape : std::vector<int64_t>{0}; };
+  Tensor out = torch::stable::new_empty(x, shape), y = torch::stable::new_empty(x, saved(shape));
+  Tensor mean = torch::stable::new_zeros(x, saved(statistics), wide_type(x));
+  Tensor rstd = torch::stable::new_zeros(x, saved(statistics), wide_type(x));
+  args.out = out.data_ptr();
+  args.y = save ? y.data_ptr() : groups ? args.out : nullptr;
+  args.mean = save ? mean.data_ptr() : nullptr;
+  args.rstd = save ? rstd.data_ptr() : nullptr;
+  run_conv_block(args, x, false, {ConvBlockPhase::pack, ConvBlockPhase::convolve, ConvBlockPhase::normalise});
+  return {out, y, mean, rstd};
+}
+
+// The gradients of x, weight, bias, norm_weight, norm_bias and time_bias; `wanted` has a bit for each, in this order,
+// and one that is not wanted has the shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_cpu(
+    const Tensor& grad, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias, OptionalTensor lengths, int64_t groups,
+    bool causal, bool exact, double eps, int64_t wanted) {
+  auto [args, w, b, scale, shift] =
+      conv_block_args(x, weight, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  const std::vector<int64_t> shape = {args.batch, args.frames, args.width};
+  const std::vector<int64_t> statistics = {args.batch, groups ? groups : args.frames};
+  check_tensor("grad", grad, shape, x.scalar_type());
+  check_tensor("y", y, shape, x.scalar_type());
+  check_tensor("mean", mean, statistics, wide_type(x));
+  check_tensor("rstd", rstd, statistics, wide_type(x));
+  STD_TORCH_CHECK(y.is_contiguous() && mean.is_contiguous() && rstd.is_contiguous(),
+                  "y, mean and rstd must be contiguous");
+  args.grad = sequence_of(grad);
+  args.y = y.data_ptr(), args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  int64_t bit = 1;
+  const auto result = [&](std::vector<int64_t> shape, void*& data) {
+    const bool is_wanted = wanted & bit;
+    bit *= 2;
+    Tensor gradient = torch::stable::new_empty(x, is_wanted ? shape : std::vector<int64_t>{0});
+    data = is_wanted ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_x = result({args.batch, args.frames, args.channels}, args.grad_x);
+  Tensor grad_weight = result({args.width, args.channels, 3}, args.grad_weight);
+  Tensor grad_bias = result({args.width}, args.grad_bias);
+  Tensor grad_norm_weight = result({args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = result({args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = result({args.batch, args.width}, args.grad_time_bias);
+  run_conv_block(args, x, true, {ConvBlockPhase::differentiate, ConvBlockPhase::centre, ConvBlockPhase::products});
+  return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -627,6 +753,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
   m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));
   m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
+  m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
+  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
 }
 
 #ifdef FASTFLOW_CUDA

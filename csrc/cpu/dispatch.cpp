@@ -24,7 +24,10 @@ namespace {
    &capability::feed_forward_workspace, \
    &capability::feed_forward_forward,   \
    &capability::norm_backward,          \
-   &capability::activation_backward}
+   &capability::activation_backward,    \
+   &capability::conv_block_shared,      \
+   &capability::conv_block_plan,        \
+   &capability::conv_block_run}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../conv_block.h"
 #include "../interpolate.h"
 #include "../linear.h"
 
@@ -30,6 +31,10 @@ namespace fastflow::cpu {
   void feed_forward_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);  \
   void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last);  \
   void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end);        \
+  int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                             \
+  ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                  \
+  void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,            \
+                      std::atomic<int64_t>& next);                                                              \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -60,6 +65,11 @@ struct Kernels {
   // Chunks [first, last) of kNormChunk frames of a row, one row after the other; the workspace holds 2 * C elements.
   decltype(&baseline::norm_backward) norm_backward;
   decltype(&baseline::activation_backward) activation_backward;
+  // Elements, of the type to compute in, of the memory that the threads of all phases share.
+  decltype(&baseline::conv_block_shared) conv_block_shared;
+  decltype(&baseline::conv_block_plan) conv_block_plan;
+  // Takes task after task of a phase, as attention does.
+  decltype(&baseline::conv_block_run) conv_block_run;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.
