@@ -127,10 +127,12 @@ def norm_backward(
     """
     factors = [None if p is None else wide(p) for p in (scale, shift)]
     grad_x, normalised, sums = torch.ops.fastflow.norm_backward(
-        grad.contiguous(), x.contiguous(), stats, *factors, None if grad_residual is None else grad_residual.contiguous()
+        grad.contiguous(),
+        x.contiguous(),
+        stats,
+        *factors,
+        None if grad_residual is None else grad_residual.contiguous(),
     )
     sums = sums.sum(1)
-    grad_scale, grad_shift = (
-        None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift))
-    )
+    grad_scale, grad_shift = (None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift)))
     return NormBackward(grad_x, normalised, grad_scale, grad_shift)
