@@ -91,7 +91,7 @@ class ProjectionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, scale, shift, ctx.eps, residual, gate, ctx.count, *tensors = inputs
+        x, scale, shift, ctx.eps, _, gate, ctx.count, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, output[1], scale, shift, gate, *tensors)
 
