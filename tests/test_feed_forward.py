@@ -122,7 +122,8 @@ def test_activations_over_their_whole_range(activation, dtype, kernel_backend, d
         exact = x.detach().double().requires_grad_()
         want = ACTIVATIONS[activation](exact)
         (want_grad,) = torch.autograd.grad(want.sum(), exact)
-        eps = torch.finfo(dtype).eps
+        # In float64 the reference has errors of its own, from 1 - tanh(u)**2.
+        eps = torch.finfo(dtype).eps * (8 if dtype == torch.float64 else 1)
         torch.testing.assert_close(y.double(), want, rtol=2 * eps, atol=2 * eps)
         torch.testing.assert_close(grad.double(), want_grad, rtol=2 * eps, atol=4 * eps)
 
