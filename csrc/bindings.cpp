@@ -370,10 +370,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_attention_ba
 
 // ------------------------------------------------------------------------------------------------ projection,
 // feed_forward
-constexpr int64_t kRowStep = 12;             // a multiple of the rows of a register tile on every instruction set
-constexpr int64_t kBlockBytes = 160 * 1024;  // of a thread's cache for the input of a task
-constexpr int64_t kMostRows = 8 * kRowStep;  // of a task
-constexpr int64_t kWorkspaceMargin = 1024;   // bytes between the workspaces of two threads
+constexpr int64_t kRowStep = 12;              // a multiple of the rows of a register tile on every instruction set
+constexpr int64_t kBlockBytes = 600 * 1024;   // of input of a task: the more, the less often it reads the weights
+constexpr int64_t kMostRows = 12 * kRowStep;  // of a task
+constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads
 
 Signal signal_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -521,7 +521,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
   const void** packed[] = {&args.packed_hidden, &args.packed_out};
   const Tensor memory = pack_weights(x, {&first, &second}, packed);
   run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
-             (args.channels + args.out_channels) * 2 / 3);
+             (args.channels + args.out_channels + 1) / 2);
   return {out, stats, hidden};
 }
 

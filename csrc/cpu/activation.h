@@ -34,11 +34,16 @@ inline Vector<float> normal_cdf(Vector<float> x) {
   return x > 0 ? 1.0f - tail : tail;
 }
 
+// 1 / (1 + exp(-x)), and its derivative, whose relative error is small on both sides.
 template <typename Real>
-inline Vector<Real> sigmoid(Vector<Real> x) {
-  constexpr Real largest = sizeof(Real) == 4 ? 88 : 709;
-  return Real(1) / (exponential<Real>(-x > largest ? broadcast(largest) : -x) + Real(1));
-}
+struct Sigmoid {
+  static constexpr Real kLargest = sizeof(Real) == 4 ? 88 : 709;
+  Vector<Real> power, value;
+
+  explicit Sigmoid(Vector<Real> x)
+      : power(exponential<Real>(-x > kLargest ? broadcast(kLargest) : -x)), value(Real(1) / (power + Real(1))) {}
+  Vector<Real> derivative() const { return power * value * value; }
+};
 
 template <typename Real>
 struct Gelu {
@@ -55,22 +60,24 @@ struct Gelu {
 template <typename Real>
 struct GeluTanh {
   static constexpr Real kFactor = 1.59576912160573071176, kCubic = 0.044715;
-  Vector<Real> x, gate;
+  Vector<Real> x;
+  Sigmoid<Real> gate;
 
-  explicit GeluTanh(Vector<Real> x) : x(x), gate(sigmoid<Real>(x * (x * x * kCubic + Real(1)) * kFactor)) {}
-  Vector<Real> value() const { return x * gate; }
+  explicit GeluTanh(Vector<Real> x) : x(x), gate(x * (x * x * kCubic + Real(1)) * kFactor) {}
+  Vector<Real> value() const { return x * gate.value; }
   Vector<Real> derivative() const {
-    return gate + x * gate * (Real(1) - gate) * (x * x * (3 * kCubic) + Real(1)) * kFactor;
+    return gate.value + x * gate.derivative() * (x * x * (3 * kCubic) + Real(1)) * kFactor;
   }
 };
 
 template <typename Real>
 struct Silu {
-  Vector<Real> x, gate;
+  Vector<Real> x;
+  Sigmoid<Real> gate;
 
-  explicit Silu(Vector<Real> x) : x(x), gate(sigmoid<Real>(x)) {}
-  Vector<Real> value() const { return x * gate; }
-  Vector<Real> derivative() const { return gate + x * gate * (Real(1) - gate); }
+  explicit Silu(Vector<Real> x) : x(x), gate(x) {}
+  Vector<Real> value() const { return x * gate.value; }
+  Vector<Real> derivative() const { return gate.value + x * gate.derivative(); }
 };
 
 // Call visit with the function of a vector that makes one of the above.

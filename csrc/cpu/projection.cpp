@@ -6,29 +6,33 @@
 namespace fastflow::cpu::FASTFLOW_CAPABILITY {
 namespace {
 
+constexpr int64_t kGroup = 64;  // channels whose results are written together, several cache lines of each frame
+
 template <typename T>
 int64_t elements_of(const LinearArgs& args) {
   using Real = Wide<T>;
-  return Reader<T>::elements(args) + args.block * (Block<Real>::stride_of(args.channels) + kColumns<Real>);
+  return Reader<T>::elements(args) +
+         args.block * (Block<Real>::stride_of(args.channels) + Block<Real>::stride_of(kGroup));
 }
 
 template <typename T>
 void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next) {
   using Real = Wide<T>;
   Reader<T> reader(args, memory);
-  const Block<Real> input(memory, args.block, args.channels);
-  Real* const tile = memory;
+  const Block<Real> input(memory, args.block, args.channels), results(memory, args.block, kGroup);
   Real* const packed = static_cast<Real*>(const_cast<void*>(args.packed_out));
   for_each_block(args, next, [&](int64_t first, int64_t count) {
     reader.read(first, count, input);
-    for (int64_t p = 0; p < panels_of<Real>(args.out_channels); ++p) {
-      multiply_panel(count, args.channels, input.data, input.stride, packed + panel_offset<Real>(args.channels, p),
-                     tile, kColumns<Real>);
-      const int64_t column = p * kColumns<Real>, columns = args.out_channels - column;
-      if (columns >= kColumns<Real>)
-        finish<T>(args, first, count, column, kColumns<Real>, tile, kColumns<Real>);
+    for (int64_t group = 0; group < args.out_channels; group += kGroup) {
+      const int64_t columns = min_of(kGroup, args.out_channels - group);
+      for (int64_t c = 0; c < columns; c += kColumns<Real>)
+        multiply_panel(count, args.channels, input.data, input.stride,
+                       packed + panel_offset<Real>(args.channels, (group + c) / kColumns<Real>), results.data + c,
+                       results.stride);
+      if (columns == kGroup)
+        finish<T>(args, first, count, group, kGroup, results.data, results.stride);
       else
-        finish<T>(args, first, count, column, columns, tile, kColumns<Real>);
+        finish<T>(args, first, count, group, columns, results.data, results.stride);
     }
   });
 }

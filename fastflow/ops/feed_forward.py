@@ -190,7 +190,7 @@ def feed_forward(
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             y = feed_forward(
-                *(cast(t, dtype) for t in (x, w1, b1, w2, b2)), activation=activation,
+                x.to(dtype), w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
                 norm=cast_norm(norm, dtype), residual=False, backend=backend,
             )  # fmt: skip
             return gated(x if residual else None, gate, y)

@@ -99,6 +99,9 @@ def _(grad, x, stats, scale, shift, grad_residual):  # type: ignore[no-untyped-d
     return torch.empty_like(x), torch.empty_like(x), x.new_empty(batch, (frames + 63) // 64, 2, channels)
 
 
+_norm_backward = torch.ops.fastflow.norm_backward.default
+
+
 class NormBackward(NamedTuple):
     """What :func:`norm_backward` finds: the gradient of x, the normalised x, and the gradients of scale and shift."""
 
@@ -126,13 +129,8 @@ def norm_backward(
         grad_residual: what reaches x beside the norm.
     """
     factors = [None if p is None else wide(p) for p in (scale, shift)]
-    grad_x, normalised, sums = torch.ops.fastflow.norm_backward(
-        grad.contiguous(),
-        x.contiguous(),
-        stats,
-        *factors,
-        None if grad_residual is None else grad_residual.contiguous(),
-    )
+    beside = None if grad_residual is None else grad_residual.contiguous()
+    grad_x, normalised, sums = _norm_backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
     sums = sums.sum(1)
     grad_scale, grad_shift = (None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift)))
     return NormBackward(grad_x, normalised, grad_scale, grad_shift)

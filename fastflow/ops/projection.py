@@ -68,7 +68,8 @@ def weight_gradients(
 ) -> WeightGradients:
     """Of ``gate[:, None] * (x @ weight.T + bias)``, without a gate where it is None, which needs no weight either."""
     if gate is None:
-        return WeightGradients(grad.flatten(0, 1).T @ x.flatten(0, 1), grad.sum((0, 1)), None)
+        grad = grad.flatten(0, 1)
+        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0), None)
     assert weight is not None
     products, sums = grad.transpose(1, 2) @ x, grad.sum(1)
     grad_gate = (products * weight).sum(2)
@@ -91,7 +92,7 @@ class ProjectionFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, scale, shift, ctx.eps, residual, gate, ctx.count, *tensors = inputs
+        x, scale, shift, ctx.eps, _, gate, ctx.count, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, output[1], scale, shift, gate, *tensors)
 
