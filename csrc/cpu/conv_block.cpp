@@ -94,7 +94,7 @@ struct Shared {
   }
 };
 
-constexpr int64_t kWeightRows = 48;   // output channels of a task of the weight's gradient
+constexpr int64_t kWeightRows = 96;   // output channels of a task of the weight's gradient
 constexpr int64_t kWeightDepth = 96;  // frames of one of its products
 template <typename Real>
 constexpr int64_t kWeightColumns = 2 * kColumns<Real>;  // its input channels
