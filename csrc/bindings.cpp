@@ -8,6 +8,8 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -35,6 +37,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+// What the kernels of a call share, and what each of its threads works in.
+enum class Scratch { shared, threads };
+
+// Memory that the calling thread keeps from call to call, as fresh memory costs a page fault for every 4 KiB.  What it
+// holds lasts until the next request for the same purpose.
+template <Scratch purpose>
+char* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    const int64_t lines = ceil_div(bytes, 64);
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(64 * lines))));
+    STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of workspace");
+    size = bytes;
+  }
+  return memory.get();
+}
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -154,6 +179,8 @@ ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+int64_t wide_size(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? 8 : 4; }
+
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text;
   for (const int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
@@ -259,11 +286,11 @@ void run_attention(AttentionKernel kernel, const AttentionArgs& args, const Tens
   const Dtype dtype = dtype_of(q);
   const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
   const int64_t elements = cpu::kernels().attention_workspace(args, dtype, backward);
-  const Tensor workspace = torch::stable::new_empty(q, {threads, elements}, wide_type(q));
+  const int64_t bytes = elements * wide_size(q);
+  char* const memory = scratch<Scratch::threads>(threads * bytes);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    kernel(args, dtype, static_cast<char*>(workspace.data_ptr()) + begin * elements * workspace.element_size(), next);
-  });
+  torch::stable::parallel_for(0, threads, 1,
+                              [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * bytes, next); });
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -417,24 +444,23 @@ struct Stack {
   Weights weights() const { return {parts.data(), static_cast<int64_t>(parts.size()), rows, depth}; }
 };
 
-// One workspace with the packed form of each stack; the panels of all are shared among the threads.
-Tensor pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
+// The packed form of each stack; the panels of all are shared among the threads.
+void pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
   const Dtype dtype = dtype_of(x);
   std::vector<int64_t> panels = {0}, offsets = {0};
   for (const Stack* stack : stacks) {
     panels.push_back(panels.back() + cpu::kernels().pack_panels(stack->rows, dtype));
     offsets.push_back(offsets.back() + cpu::kernels().pack_elements(stack->rows, stack->depth, dtype));
   }
-  const Tensor workspace = torch::stable::new_empty(x, {offsets.back()}, wide_type(x));
-  char* memory = static_cast<char*>(workspace.data_ptr());
-  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * workspace.element_size();
+  const int64_t size = wide_size(x);
+  char* const memory = scratch<Scratch::shared>(offsets.back() * size);
+  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * size;
   torch::stable::parallel_for(0, panels.back(), 4, [&](int64_t begin, int64_t end) {
     for (size_t i = 0; i < stacks.size(); ++i) {
       const int64_t first = max_of(begin, panels[i]) - panels[i], last = min_of(end, panels[i + 1]) - panels[i];
       if (first < last) cpu::kernels().pack(stacks[i]->weights(), dtype, const_cast<void*>(*packed[i]), first, last);
     }
   });
-  return workspace;
 }
 
 LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
@@ -464,18 +490,17 @@ void run_linear(decltype(cpu::Kernels::projection_workspace) elements_of,
                 decltype(cpu::Kernels::projection_forward) kernel, LinearArgs& args, const Tensor& x, int64_t width) {
   const int64_t frames = args.batch * args.frames, threads = torch::stable::get_num_threads();
   if (frames == 0 || args.out_channels == 0) return;
-  const int64_t size = wide_type(x) == ScalarType::Double ? 8 : 4;
+  const int64_t size = wide_size(x);
   const int64_t most = min_of(max_of(kBlockBytes / (width * size) / kRowStep, 1) * kRowStep, kMostRows);
   const int64_t blocks = ceil_div(ceil_div(frames, most), threads) * threads;
   args.block = ceil_div(ceil_div(frames, blocks), kRowStep) * kRowStep;
   const Dtype dtype = dtype_of(x);
   const int64_t tasks = ceil_div(frames, args.block), workers = min_of(threads, tasks);
   const int64_t elements = ceil_div(elements_of(args, dtype), kWorkspaceMargin) * kWorkspaceMargin + kWorkspaceMargin;
-  const Tensor workspace = torch::stable::new_empty(x, {workers * elements}, wide_type(x));
+  char* const memory = scratch<Scratch::threads>(workers * elements * size);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) {
-    kernel(args, dtype, static_cast<char*>(workspace.data_ptr()) + begin * elements * size, next);
-  });
+  torch::stable::parallel_for(
+      0, workers, 1, [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * elements * size, next); });
 }
 
 void check_signal(const Tensor& x) {
@@ -496,7 +521,7 @@ std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> w
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
   LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
   const void** packed[] = {&args.packed_out};
-  const Tensor memory = pack_weights(x, {&stack}, packed);
+  pack_weights(x, {&stack}, packed);
   run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
   return {out, stats};
 }
@@ -519,7 +544,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
   args.hidden = first.rows;
   args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
   const void** packed[] = {&args.packed_hidden, &args.packed_out};
-  const Tensor memory = pack_weights(x, {&first, &second}, packed);
+  pack_weights(x, {&first, &second}, packed);
   run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
              (args.channels + args.out_channels + 1) / 2);
   return {out, stats, hidden};
@@ -555,10 +580,11 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const T
                                  normalised.data_ptr(),
                                  sums.data_ptr()};
   const int64_t tasks = batch * chunks, workers = min_of(torch::stable::get_num_threads(), tasks);
-  const Tensor workspace = torch::stable::new_empty(x, {workers, 2 * channels});
+  const int64_t bytes = 2 * channels * x.element_size();
+  char* const memory = scratch<Scratch::threads>(workers * bytes);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    void* scratch = static_cast<char*>(workspace.data_ptr()) + begin * 2 * channels * x.element_size();
-    cpu::kernels().norm_backward(args, dtype_of(x), scratch, tasks * begin / workers, tasks * end / workers);
+    cpu::kernels().norm_backward(args, dtype_of(x), memory + begin * bytes, tasks * begin / workers,
+                                 tasks * end / workers);
   });
   return {grad_x, normalised, sums};
 }
@@ -624,17 +650,16 @@ ConvBlock conv_block_args(const Tensor& x, const Tensor& weight, const Tensor& b
 void run_conv_block(ConvBlockArgs args, const Tensor& x, bool backward, std::initializer_list<ConvBlockPhase> phases) {
   const cpu::Kernels& kernels = cpu::kernels();
   const Dtype dtype = dtype_of(x);
-  const Tensor shared = torch::stable::new_empty(x, {kernels.conv_block_shared(args, dtype, backward)}, wide_type(x));
-  args.shared = shared.data_ptr();
+  const int64_t size = wide_size(x);
+  args.shared = scratch<Scratch::shared>(kernels.conv_block_shared(args, dtype, backward) * size);
   const int64_t elements = kernels.conv_block_plan(args, dtype, *phases.begin()).elements;
-  const Tensor workspace = torch::stable::new_empty(x, {torch::stable::get_num_threads(), elements}, wide_type(x));
+  char* const memory = scratch<Scratch::threads>(torch::stable::get_num_threads() * elements * size);
   for (const ConvBlockPhase phase : phases) {
     const int64_t tasks = kernels.conv_block_plan(args, dtype, phase).tasks;
     const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-      char* memory = static_cast<char*>(workspace.data_ptr()) + begin * elements * workspace.element_size();
-      kernels.conv_block_run(args, dtype, phase, memory, next);
+      kernels.conv_block_run(args, dtype, phase, memory + begin * elements * size, next);
     });
   }
 }
