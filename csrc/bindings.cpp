@@ -8,6 +8,8 @@
 
 #include <atomic>
 #include <cmath>
+#include <cstdlib>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,8 +17,10 @@
 
 #include "attention.h"
 #include "build_info.h"
+#include "conv_block.h"
 #include "cpu/kernels.h"
 #include "interpolate.h"
+#include "linear.h"
 
 #ifdef FASTFLOW_CUDA
 #include <dlfcn.h>
@@ -33,6 +37,29 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+// What the kernels of a call share, and what each of its threads works in.
+enum class Scratch { shared, threads };
+
+// Memory that the calling thread keeps from call to call, as fresh memory costs a page fault for every 4 KiB.  What it
+// holds lasts until the next request for the same purpose.
+template <Scratch purpose>
+char* scratch(int64_t bytes) {
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  if (bytes > size) {
+    memory.reset();
+    size = 0;
+    const int64_t lines = ceil_div(bytes, 64);
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(64 * lines))));
+    STD_TORCH_CHECK(memory != nullptr, "no memory for ", bytes, " bytes of workspace");
+    size = bytes;
+  }
+  return memory.get();
+}
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -152,6 +179,8 @@ ScalarType wide_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+int64_t wide_size(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? 8 : 4; }
+
 std::string shape_text(const std::vector<int64_t>& shape) {
   std::string text;
   for (const int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
@@ -257,11 +286,11 @@ void run_attention(AttentionKernel kernel, const AttentionArgs& args, const Tens
   const Dtype dtype = dtype_of(q);
   const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
   const int64_t elements = cpu::kernels().attention_workspace(args, dtype, backward);
-  const Tensor workspace = torch::stable::new_empty(q, {threads, elements}, wide_type(q));
+  const int64_t bytes = elements * wide_size(q);
+  char* const memory = scratch<Scratch::threads>(threads * bytes);
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    kernel(args, dtype, static_cast<char*>(workspace.data_ptr()) + begin * elements * workspace.element_size(), next);
-  });
+  torch::stable::parallel_for(0, threads, 1,
+                              [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * bytes, next); });
 }
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -366,6 +395,338 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_attention_ba
           sum_groups(bias_v_sums, args.groups, bias_v)};
 }
 
+// ------------------------------------------------------------------------------------------------ projection,
+// feed_forward
+constexpr int64_t kRowStep = 12;              // a multiple of the rows of a register tile on every instruction set
+constexpr int64_t kBlockBytes = 600 * 1024;   // of input of a task: the more, the less often it reads the weights
+constexpr int64_t kMostRows = 12 * kRowStep;  // of a task
+constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads
+
+Signal signal_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The norm of the schema, in its order.
+struct NormRule {
+  OptionalTensor scale, shift;
+  std::optional<double> eps;  // none: no norm
+};
+
+// [size], or, where `batch` >= 0, [batch, size].
+Vectors vectors_of(const char* name, const OptionalTensor& x, int64_t batch, int64_t size, ScalarType dtype) {
+  if (!x) return {};
+  const bool per_row = batch >= 0 && x->dim() == 2;
+  if (per_row)
+    check_tensor(name, *x, {batch, size}, dtype);
+  else
+    check_tensor(name, *x, {size}, dtype);
+  return {x->data_ptr(), per_row ? x->stride(0) : 0, x->stride(per_row ? 1 : 0)};
+}
+
+// Weights below each other, with what their pointers need to live.
+struct Stack {
+  std::vector<Tensor> tensors;
+  std::vector<Weight> parts;
+  int64_t rows = 0, depth;
+
+  Stack(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases, int64_t depth, ScalarType dtype)
+      : depth(depth) {
+    STD_TORCH_CHECK(!weights.empty() && weights.size() == biases.size(), "weights and biases must be as many, got ",
+                    weights.size(), " and ", biases.size());
+    for (size_t i = 0; i < weights.size(); ++i) {
+      STD_TORCH_CHECK(weights[i].dim() == 2, "a weight must have shape [N, C]");
+      const int64_t count = weights[i].size(0);
+      check_tensor("a weight", weights[i], {count, depth}, dtype);
+      tensors.push_back(weights[i].stride(1) == 1 ? weights[i] : torch::stable::contiguous(weights[i]));
+      parts.push_back(
+          {tensors[i].data_ptr(), count, tensors[i].stride(0), vectors_of("a bias", biases[i], -1, count, dtype)});
+      rows += count;
+    }
+  }
+  Weights weights() const { return {parts.data(), static_cast<int64_t>(parts.size()), rows, depth}; }
+};
+
+// The packed form of each stack; the panels of all are shared among the threads.
+void pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
+  const Dtype dtype = dtype_of(x);
+  std::vector<int64_t> panels = {0}, offsets = {0};
+  for (const Stack* stack : stacks) {
+    panels.push_back(panels.back() + cpu::kernels().pack_panels(stack->rows, dtype));
+    offsets.push_back(offsets.back() + cpu::kernels().pack_elements(stack->rows, stack->depth, dtype));
+  }
+  const int64_t size = wide_size(x);
+  char* const memory = scratch<Scratch::shared>(offsets.back() * size);
+  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * size;
+  torch::stable::parallel_for(0, panels.back(), 4, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < stacks.size(); ++i) {
+      const int64_t first = max_of(begin, panels[i]) - panels[i], last = min_of(end, panels[i + 1]) - panels[i];
+      if (first < last) cpu::kernels().pack(stacks[i]->weights(), dtype, const_cast<void*>(*packed[i]), first, last);
+    }
+  });
+}
+
+LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
+                       const OptionalTensor& gate, const OptionalTensor& residual, const Tensor& out) {
+  const ScalarType dtype = x.scalar_type();
+  LinearArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
+  args.x = signal_of(x);
+  args.norm = norm.eps.has_value();
+  args.eps = norm.eps.value_or(0);
+  args.scale = vectors_of("scale", norm.scale, args.batch, args.channels, dtype);
+  args.shift = vectors_of("shift", norm.shift, args.batch, args.channels, dtype);
+  args.stats = stats.data_ptr();
+  args.out_channels = out_channels;
+  if (gate) check_tensor("gate", *gate, {args.batch, out_channels}, dtype);
+  args.gate = vectors_of("gate", gate, args.batch, out_channels, dtype);
+  if (residual) {
+    check_tensor("residual", *residual, {args.batch, args.frames, out_channels}, dtype);
+    args.residual = signal_of(*residual);
+  }
+  args.out = out.data_ptr();
+  return args;
+}
+
+// Blocks of rows whose width (in elements) fits into a thread's cache, as many for every thread.
+void run_linear(decltype(cpu::Kernels::projection_workspace) elements_of,
+                decltype(cpu::Kernels::projection_forward) kernel, LinearArgs& args, const Tensor& x, int64_t width) {
+  const int64_t frames = args.batch * args.frames, threads = torch::stable::get_num_threads();
+  if (frames == 0 || args.out_channels == 0) return;
+  const int64_t size = wide_size(x);
+  const int64_t most = min_of(max_of(kBlockBytes / (width * size) / kRowStep, 1) * kRowStep, kMostRows);
+  const int64_t blocks = ceil_div(ceil_div(frames, most), threads) * threads;
+  args.block = ceil_div(ceil_div(frames, blocks), kRowStep) * kRowStep;
+  const Dtype dtype = dtype_of(x);
+  const int64_t tasks = ceil_div(frames, args.block), workers = min_of(threads, tasks);
+  const int64_t elements = ceil_div(elements_of(args, dtype), kWorkspaceMargin) * kWorkspaceMargin + kWorkspaceMargin;
+  char* const memory = scratch<Scratch::threads>(workers * elements * size);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(
+      0, workers, 1, [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * elements * size, next); });
+}
+
+void check_signal(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3 && x.size(2) > 0, "x must have shape [B, T, C] and be on the CPU");
+}
+
+Tensor new_stats(const Tensor& x, const NormRule& norm) {
+  return torch::stable::new_empty(x, {norm.eps ? 2 : 0, x.size(0), x.size(1)}, wide_type(x));
+}
+
+std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                          std::vector<OptionalTensor> biases, OptionalTensor scale,
+                                          OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
+                                          OptionalTensor gate) {
+  check_signal(x);
+  const NormRule norm = {scale, shift, eps};
+  const Stack stack(weights, biases, x.size(2), x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
+  LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
+  const void** packed[] = {&args.packed_out};
+  pack_weights(x, {&stack}, packed);
+  run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tensor& w1, OptionalTensor b1,
+                                                    const Tensor& w2, OptionalTensor b2, int64_t activation,
+                                                    OptionalTensor scale, OptionalTensor shift,
+                                                    std::optional<double> eps, OptionalTensor gate, bool residual,
+                                                    bool save_hidden) {
+  check_signal(x);
+  STD_TORCH_CHECK(w1.dim() == 2 && w1.size(0) > 0, "w1 must have shape [H, C]");
+  STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
+  const NormRule norm = {scale, shift, eps};
+  const Stack first({w1}, {b1}, x.size(2), x.scalar_type()), second({w2}, {b2}, first.rows, x.scalar_type());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), second.rows}), stats = new_stats(x, norm);
+  Tensor hidden = torch::stable::new_empty(x, {save_hidden ? x.size(0) : 0, x.size(1), first.rows});
+  LinearArgs args =
+      linear_args(x, norm, stats, second.rows, gate, residual ? OptionalTensor(x) : OptionalTensor(), out);
+  args.activation = static_cast<Activation>(activation);
+  args.hidden = first.rows;
+  args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
+  const void** packed[] = {&args.packed_hidden, &args.packed_out};
+  pack_weights(x, {&first, &second}, packed);
+  run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
+             (args.channels + args.out_channels + 1) / 2);
+  return {out, stats, hidden};
+}
+
+void check_wide(const char* name, const Tensor& x, const std::vector<int64_t>& shape, const Tensor& like) {
+  check_tensor(name, x, shape, wide_type(like));
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& stats,
+                                                     OptionalTensor scale, OptionalTensor shift,
+                                                     OptionalTensor grad_residual) {
+  check_signal(x);
+  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2), chunks = ceil_div(frames, kNormChunk);
+  const std::vector<int64_t> shape = {batch, frames, channels};
+  check_wide("x", x, shape, x);
+  check_wide("grad", grad, shape, x);
+  check_wide("stats", stats, {2, batch, frames}, x);
+  if (grad_residual) check_wide("grad_residual", *grad_residual, shape, x);
+  Tensor grad_x = torch::stable::new_empty(x, shape), normalised = torch::stable::new_empty(x, shape);
+  Tensor sums = torch::stable::new_empty(x, {batch, chunks, 2, channels});
+  const NormBackwardArgs args = {batch,
+                                 frames,
+                                 channels,
+                                 grad.data_ptr(),
+                                 x.data_ptr(),
+                                 stats.data_ptr(),
+                                 vectors_of("scale", scale, batch, channels, x.scalar_type()),
+                                 vectors_of("shift", shift, batch, channels, x.scalar_type()),
+                                 grad_residual ? grad_residual->data_ptr() : nullptr,
+                                 grad_x.data_ptr(),
+                                 normalised.data_ptr(),
+                                 sums.data_ptr()};
+  const int64_t tasks = batch * chunks, workers = min_of(torch::stable::get_num_threads(), tasks);
+  const int64_t bytes = 2 * channels * x.element_size();
+  char* const memory = scratch<Scratch::threads>(workers * bytes);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    cpu::kernels().norm_backward(args, dtype_of(x), memory + begin * bytes, tasks * begin / workers,
+                                 tasks * end / workers);
+  });
+  return {grad_x, normalised, sums};
+}
+
+std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Tensor& hidden, int64_t activation) {
+  check_signal(hidden);
+  const std::vector<int64_t> shape = {hidden.size(0), hidden.size(1), hidden.size(2)};
+  check_wide("hidden", hidden, shape, hidden);
+  check_wide("grad", grad, shape, hidden);
+  Tensor activated = torch::stable::new_empty(hidden, shape), grad_hidden = torch::stable::new_empty(hidden, shape);
+  const ActivationBackwardArgs args = {static_cast<Activation>(activation), grad.data_ptr(), hidden.data_ptr(),
+                                       activated.data_ptr(), grad_hidden.data_ptr()};
+  torch::stable::parallel_for(0, hidden.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    cpu::kernels().activation_backward(args, dtype_of(hidden), begin, end);
+  });
+  return {activated, grad_hidden};
+}
+
+// ------------------------------------------------------------------------------------------------ conv_block
+Sequence sequence_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+// The numbers of the schema, in its order.
+struct ConvRule {
+  int64_t groups;
+  bool causal, exact;
+  double eps;
+};
+
+// The parameters, contiguous.
+struct ConvBlock {
+  ConvBlockArgs args;
+  Tensor weight, bias, norm_weight, norm_bias;
+};
+
+ConvBlock conv_block_args(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& norm_weight,
+                          const Tensor& norm_bias, const OptionalTensor& lengths, const ConvRule& rule) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "x must have shape [B, T, C] and be on the CPU");
+  dtype_of(x);
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(weight.dim() == 3 && x.size(2) > 0 && weight.size(0) > 0, "weight must have shape [C', C, 3]");
+  check_tensor("weight", weight, {weight.size(0), x.size(2), 3}, dtype);
+  ConvBlockArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2), args.width = weight.size(0);
+  check_tensor("bias", bias, {args.width}, dtype);
+  check_tensor("norm_weight", norm_weight, {args.width}, dtype);
+  check_tensor("norm_bias", norm_bias, {args.width}, dtype);
+  STD_TORCH_CHECK(rule.groups >= 0 && (rule.groups == 0 || args.width % rule.groups == 0),
+                  "groups must be 0 or divide ", args.width, ", got ", rule.groups);
+  args.groups = rule.groups, args.causal = rule.causal, args.exact = rule.exact, args.eps = rule.eps;
+  if (lengths) {
+    check_tensor("lengths", *lengths, {args.batch}, ScalarType::Long);
+    STD_TORCH_CHECK(lengths->is_contiguous(), "lengths must be contiguous");
+    args.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+  }
+  ConvBlock op = {args, torch::stable::contiguous(weight), torch::stable::contiguous(bias),
+                  torch::stable::contiguous(norm_weight), torch::stable::contiguous(norm_bias)};
+  op.args.x = sequence_of(x);
+  op.args.weight = op.weight.data_ptr(), op.args.bias = op.bias.data_ptr();
+  op.args.norm_weight = op.norm_weight.data_ptr(), op.args.norm_bias = op.norm_bias.data_ptr();
+  return op;
+}
+
+void run_conv_block(ConvBlockArgs args, const Tensor& x, bool backward, std::initializer_list<ConvBlockPhase> phases) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Dtype dtype = dtype_of(x);
+  const int64_t size = wide_size(x);
+  args.shared = scratch<Scratch::shared>(kernels.conv_block_shared(args, dtype, backward) * size);
+  const int64_t elements = kernels.conv_block_plan(args, dtype, *phases.begin()).elements;
+  char* const memory = scratch<Scratch::threads>(torch::stable::get_num_threads() * elements * size);
+  for (const ConvBlockPhase phase : phases) {
+    const int64_t tasks = kernels.conv_block_plan(args, dtype, phase).tasks;
+    const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+      kernels.conv_block_run(args, dtype, phase, memory + begin * elements * size, next);
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> conv_block_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias,
+                                                          const Tensor& norm_weight, const Tensor& norm_bias,
+                                                          OptionalTensor lengths, OptionalTensor time_bias,
+                                                          int64_t groups, bool causal, bool exact, double eps,
+                                                          bool save) {
+  auto [args, w, b, scale, shift] =
+      conv_block_args(x, weight, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  OptionalTensor time;
+  if (time_bias) {
+    check_tensor("time_bias", *time_bias, {args.batch, args.width}, x.scalar_type());
+    time = torch::stable::contiguous(*time_bias);
+    args.time_bias = time->data_ptr();
+  }
+  const std::vector<int64_t> shape = {args.batch, args.frames, args.width};
+  const std::vector<int64_t> statistics = {args.batch, groups ? groups : args.frames};
+  const auto saved = [&](std::vector<int64_t> shape) { return save ? shape : std::vector<int64_t>{0}; };
+  Tensor out = torch::stable::new_empty(x, shape), y = torch::stable::new_empty(x, saved(shape));
+  Tensor mean = torch::stable::new_zeros(x, saved(statistics), wide_type(x));
+  Tensor rstd = torch::stable::new_zeros(x, saved(statistics), wide_type(x));
+  args.out = out.data_ptr();
+  args.y = save ? y.data_ptr() : groups ? args.out : nullptr;
+  args.mean = save ? mean.data_ptr() : nullptr;
+  args.rstd = save ? rstd.data_ptr() : nullptr;
+  run_conv_block(args, x, false, {ConvBlockPhase::pack, ConvBlockPhase::convolve, ConvBlockPhase::normalise});
+  return {out, y, mean, rstd};
+}
+
+// The gradients of x, weight, bias, norm_weight, norm_bias and time_bias; `wanted` has a bit for each, in this order,
+// and one that is not wanted has the shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_cpu(
+    const Tensor& grad, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& weight,
+    const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias, OptionalTensor lengths, int64_t groups,
+    bool causal, bool exact, double eps, int64_t wanted) {
+  auto [args, w, b, scale, shift] =
+      conv_block_args(x, weight, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  const std::vector<int64_t> shape = {args.batch, args.frames, args.width};
+  const std::vector<int64_t> statistics = {args.batch, groups ? groups : args.frames};
+  check_tensor("grad", grad, shape, x.scalar_type());
+  check_tensor("y", y, shape, x.scalar_type());
+  check_tensor("mean", mean, statistics, wide_type(x));
+  check_tensor("rstd", rstd, statistics, wide_type(x));
+  STD_TORCH_CHECK(y.is_contiguous() && mean.is_contiguous() && rstd.is_contiguous(),
+                  "y, mean and rstd must be contiguous");
+  args.grad = sequence_of(grad);
+  args.y = y.data_ptr(), args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  int64_t bit = 1;
+  const auto result = [&](std::vector<int64_t> shape, void*& data) {
+    const bool is_wanted = wanted & bit;
+    bit *= 2;
+    Tensor gradient = torch::stable::new_empty(x, is_wanted ? shape : std::vector<int64_t>{0});
+    data = is_wanted ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_x = result({args.batch, args.frames, args.channels}, args.grad_x);
+  Tensor grad_weight = result({args.width, args.channels, 3}, args.grad_weight);
+  Tensor grad_bias = result({args.width}, args.grad_bias);
+  Tensor grad_norm_weight = result({args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = result({args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = result({args.batch, args.width}, args.grad_time_bias);
+  run_conv_block(args, x, true, {ConvBlockPhase::differentiate, ConvBlockPhase::centre, ConvBlockPhase::products});
+  return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -413,6 +774,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
   m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
+  m.impl("projection", TORCH_BOX(&projection_cpu));
+  m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
+  m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
+  m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
 }
 
 #ifdef FASTFLOW_CUDA

@@ -1,11 +1,18 @@
 """The diffusion transformer estimator of CosyVoice 3, on ``[B, T, C]``.  The key of every parameter is upstream's."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.ops.attention import attention, length_mask
+from fastflow.layers import active, project_residual
+from fastflow.ops.attention import attention
+from fastflow.ops.feed_forward import feed_forward
+from fastflow.ops.norm import Norm
+from fastflow.ops.projection import projection
 from fastflow.unet import time_features
 
 TIME_FEATURES = 256
@@ -73,16 +80,18 @@ class RotaryEmbedding(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def rotate_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channels of head 0 and no other: upstream rotates before it splits ``[B, T, H*D]`` into heads.
+def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channels of head 0 of q and k, and no other: upstream rotates before it splits ``[B, T, H*D]`` into
+    heads.  ``[B, T, 3, H, D]`` -> the same.
 
     Computed in float32 at least, as upstream does under autocast.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    width = 2 * cos.shape[1]
-    even, odd = x[..., :width].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    even, odd = qkv[:, :, :2, 0].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
     rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
-    return torch.cat([rotated.to(x.dtype), x[..., width:]], -1)
+    qkv[:, :, :2, 0] = rotated  # in place: the product that gave it does not keep it for its backward pass
+    return qkv
 
 
 class Attention(nn.Module):
@@ -96,15 +105,23 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, heads * dim_head)
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
 
-    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        q, k = (rotate_first_head(project(x), *rotary) for project in (self.to_q, self.to_k))
-        v = self.to_v(x)
-        out = attention(heads(q), heads(k), heads(v), lengths=lengths, chunk_size=chunk_size, padded_queries=False)
-        out = self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
-        return out.masked_fill(~length_mask(lengths, x.shape[1])[..., None], 0.0)
+    def forward(
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        gate: Tensor | None,
+        lengths: Tensor,
+        chunk_size: int,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """``x + gate * attention(norm(x))``; padding holds arbitrary values."""
+        parts = (self.to_q, self.to_k, self.to_v)
+        qkv = projection(x, [part.weight for part in parts], [part.bias for part in parts], norm=norm)
+        qkv = rotate_first_head(qkv.unflatten(-1, (3, self.heads, -1)), *rotary)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        out = attention(q, k, v, lengths=lengths, chunk_size=chunk_size, padded_queries=False)
+        last: Any = self.to_out[0]
+        return project_residual(x, out.transpose(1, 2).flatten(2), last, self.to_out[1], gate)
 
 
 class FeedForward(nn.Module):
@@ -115,25 +132,31 @@ class FeedForward(nn.Module):
         project = nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU(approximate="tanh"))
         self.ff = nn.Sequential(project, nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ff(x)
+    def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None) -> Tensor:
+        """``x + gate * feed_forward(norm(x))``."""
+        project: Any = self.ff[0]
+        inner, dropout, outer = project[0], self.ff[1], self.ff[2]
+        weights: Any = inner.weight, inner.bias, outer.weight, outer.bias
+        if active(dropout):
+            h = dropout(F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm), approximate="tanh"))
+            return projection(h, [outer.weight], [outer.bias], residual=x, gate=gate)  # type: ignore[list-item]
+        return feed_forward(x, *weights, activation="gelu_tanh", norm=norm, gate=gate)
 
 
 class AdaLayerNorm(nn.Module):
-    """A linear of the time embedding that yields ``parts`` vectors of shift, scale or gate, ``[B, 1, dim]`` each."""
+    """A linear of SiLU of the time embedding: ``parts`` vectors of shift, scale or gate, ``[B, parts * dim]``."""
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__()
-        self.parts = parts
         self.linear = nn.Linear(dim, parts * dim)
 
-    def forward(self, e: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(e))[:, None].chunk(self.parts, dim=-1)
+    def forward(self, e: Tensor) -> Tensor:
+        return self.linear(e)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulated(shift: Tensor, scale: Tensor) -> Norm:
     """LayerNorm without parameters (eps 1e-6), then ``* (1 + scale) + shift``."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return Norm(1 + scale, shift, 1e-6)
 
 
 class DiTBlock(nn.Module):
@@ -145,10 +168,13 @@ class DiTBlock(nn.Module):
         self.attn = Attention(dim, heads, dim_head, dropout)
         self.ff = FeedForward(dim, ff_mult, dropout)
 
-    def forward(self, x: Tensor, e: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = self.attn_norm(e)
-        x = x + gate_attn * self.attn(modulate(x, shift_attn, scale_attn), lengths, chunk_size, rotary)
-        return x + gate_ff * self.ff(modulate(x, shift_ff, scale_ff))
+    def forward(
+        self, x: Tensor, modulation: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
+        x = self.attn(x, modulated(shift_attn, scale_attn), gate_attn, lengths, chunk_size, rotary)
+        return self.ff(x, modulated(shift_ff, scale_ff), gate_ff)
 
 
 class DiT(nn.Module):
@@ -197,6 +223,11 @@ class DiT(nn.Module):
         self.norm_out = AdaLayerNorm(dim, 2)
         self.proj_out = nn.Linear(dim, mel_dim)
 
+    def time_table(self, t: Tensor) -> list[Tensor]:
+        """All that depends on the times ``[n]`` alone: ``[n, 6 * dim]`` for every block, then ``[n, 2 * dim]``."""
+        e = F.silu(self.time_embed(t))
+        return [*(block.attn_norm(e) for block in self.transformer_blocks), self.norm_out(e)]  # type: ignore[operator]
+
     def forward(
         self,
         x: Tensor,
@@ -206,6 +237,7 @@ class DiT(nn.Module):
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         streaming: bool = False,
+        time: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The velocity at (x, t); arguments as :meth:`fastflow.ConditionalDecoder.forward`.
 
@@ -214,15 +246,16 @@ class DiT(nn.Module):
         """
         x, mu = x.transpose(1, 2), mu.transpose(1, 2)
         cond = torch.zeros_like(x) if cond is None else cond.transpose(1, 2)
-        e = self.time_embed(t.expand(x.shape[0]) if t.dim() == 0 else t)
+        *modulations, last = self.time_table(t.expand(x.shape[0]) if t.dim() == 0 else t) if time is None else time
         lengths = (mask[:, 0] > 0).sum(-1)
         chunk = self.static_chunk_size if streaming else 0
         x = self.input_embed(x, cond, mu, spks)
         rotary = self.rotary_embed(x.shape[1])
         skip = x
-        for block in self.transformer_blocks:
-            x = block(x, e, lengths, chunk, rotary)
+        for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
+            x = block(x, modulation, lengths, chunk, rotary)
         if self.long_skip_connection is not None:
             x = self.long_skip_connection(torch.cat([x, skip], -1))
-        scale, shift = self.norm_out(e)
-        return self.proj_out(modulate(x, shift, scale)).transpose(1, 2)
+        scale, shift = last.chunk(2, -1)
+        norm = modulated(shift, scale)
+        return projection(x, [self.proj_out.weight], [self.proj_out.bias], norm=norm).transpose(1, 2)

@@ -9,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastflow.layers import active, project_residual
 from fastflow.ops.attention import RelativePosition, attention, length_mask, upstream_lengths
+from fastflow.ops.feed_forward import feed_forward
+from fastflow.ops.norm import Norm
+from fastflow.ops.projection import projection
 
 
 def relative_positions(frames: int, width: int, like: Tensor) -> Tensor:
@@ -40,13 +44,13 @@ class RelPositionMultiHeadedAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(
-        self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
+        self, x: Tensor, norm: Norm | None, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool
     ) -> Tensor:
-        def heads(y: Tensor) -> Tensor:
-            return y.unflatten(-1, (self.h, self.d_k)).transpose(1, 2)
-
-        q, k, v = heads(self.linear_q(x)), heads(self.linear_k(x)), heads(self.linear_v(x))
-        position = heads(self.linear_pos(pos_emb))[0]
+        """The heads' outputs for ``norm(x)`` side by side, before ``linear_out``."""
+        parts = (self.linear_q, self.linear_k, self.linear_v)
+        qkv = projection(x, [part.weight for part in parts], [part.bias for part in parts], norm=norm)
+        q, k, v = qkv.unflatten(-1, (3, self.h, self.d_k)).permute(2, 0, 3, 1, 4)
+        position = self.linear_pos(pos_emb)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
         out = attention(
             q,
             k,
@@ -57,7 +61,7 @@ class RelPositionMultiHeadedAttention(nn.Module):
             dropout_p=self.dropout_rate if self.training else 0.0,
             padded_queries=padded_queries,
         )
-        return self.linear_out(out.transpose(1, 2).flatten(2))
+        return out.transpose(1, 2).flatten(2)
 
 
 class PositionwiseFeedForward(nn.Module):
@@ -69,14 +73,17 @@ class PositionwiseFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout_rate)
         self.w_2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w_2(self.dropout(F.silu(self.w_1(x))))
-
 
 class ConformerEncoderLayer(nn.Module):
     """Pre-norm self-attention and feed-forward, without macaron and convolution parts."""
 
-    def __init__(self, self_attn: nn.Module, feed_forward: nn.Module, width: int, dropout_rate: float) -> None:
+    def __init__(
+        self,
+        self_attn: RelPositionMultiHeadedAttention,
+        feed_forward: PositionwiseFeedForward,
+        width: int,
+        dropout_rate: float,
+    ) -> None:
         super().__init__()
         self.self_attn = self_attn
         self.feed_forward = feed_forward
@@ -87,8 +94,14 @@ class ConformerEncoderLayer(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
     ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.norm_mha(x), lengths, chunk_size, pos_emb, padded_queries))
-        return x + self.dropout(self.feed_forward(self.norm_ff(x)))
+        norm = Norm(self.norm_mha.weight, self.norm_mha.bias, self.norm_mha.eps)
+        h = self.self_attn(x, norm, lengths, chunk_size, pos_emb, padded_queries)
+        x = project_residual(x, h, self.self_attn.linear_out, self.dropout)
+        norm, ff = Norm(self.norm_ff.weight, self.norm_ff.bias, self.norm_ff.eps), self.feed_forward
+        if active(ff.dropout) or active(self.dropout):
+            h = ff.dropout(F.silu(projection(x, [ff.w_1.weight], [ff.w_1.bias], norm=norm)))
+            return project_residual(x, h, ff.w_2, self.dropout)
+        return feed_forward(x, ff.w_1.weight, ff.w_1.bias, ff.w_2.weight, ff.w_2.bias, activation="silu", norm=norm)
 
 
 class LinearEmbed(nn.Module):

@@ -25,6 +25,21 @@ def _params(cfm_params: Any) -> dict[str, Any]:
     return given
 
 
+def euler_grid(t_span: Tensor) -> tuple[Tensor, Tensor]:
+    """Times and step sizes ``[n]`` of Euler's steps along ``t_span`` ``[n + 1]``.
+
+    As upstream, a step ends where the sum of the steps says, not at its entry of ``t_span``: they differ by rounding.
+    """
+    t, dt = t_span[0], t_span[1] - t_span[0]
+    times, steps = [], []
+    for end in t_span[2:].unbind():
+        times.append(t)
+        steps.append(dt)
+        t = t + dt
+        dt = end - t
+    return torch.stack([*times, t]), torch.stack([*steps, dt])
+
+
 class ConditionalCFM(nn.Module):
     """The flow-matching wrapper of CosyVoice 1.  It owns no parameters but the estimator's.
 
@@ -127,21 +142,22 @@ class ConditionalCFM(nn.Module):
 
         mask2, mu2, spks2, cond2 = mask.to(spks.dtype).repeat(2, 1, 1), guided(mu), guided(spks), guided(cond)
         rate = self.inference_cfg_rate
-        t, dt = t_span[0], t_span[1] - t_span[0]
-        for step in range(1, len(t_span)):
+        times, steps = euler_grid(t_span)
+        # What depends on the time alone is computed for all steps at once.
+        table = self.estimator.time_table(times.to(spks.dtype)) if hasattr(self.estimator, "time_table") else None
+        for n, (t, dt) in enumerate(zip(times.unbind(), steps.unbind(), strict=True)):
             x2 = x.to(spks.dtype).repeat(2, 1, 1)
-            velocity = self._velocity(x2, mask2, mu2, t.to(spks.dtype).expand(2 * batch), spks2, cond2, streaming)
+            known = {} if table is None else {"time": [part[n].expand(2 * batch, -1) for part in table]}
+            t2 = t.to(spks.dtype).expand(2 * batch)
+            velocity = self._velocity(x2, mask2, mu2, t2, spks2, cond2, streaming, **known)
             conditional, unconditional = velocity.split(batch)
             x = x + dt * ((1.0 + rate) * conditional - rate * unconditional)
-            t = t + dt
-            if step < len(t_span) - 1:
-                dt = t_span[step + 1] - t
         return x.float()
 
-    def _velocity(self, x, mask, mu, t, spks, cond, streaming):  # type: ignore[no-untyped-def]
+    def _velocity(self, x, mask, mu, t, spks, cond, streaming, **known):  # type: ignore[no-untyped-def]
         if self.estimator is None:
             raise ValueError("estimator is None: give one to the constructor")
-        return self.estimator(x, mask, mu, t, spks, cond, streaming=streaming)
+        return self.estimator(x, mask, mu, t, spks, cond, streaming=streaming, **known)
 
     def compute_loss(
         self,

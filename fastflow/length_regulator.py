@@ -5,7 +5,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastflow.ops.attention import length_mask
+from fastflow.ops.conv_block import conv_block
 from fastflow.ops.interpolate import interpolate
+from fastflow.ops.projection import projection
 
 EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
 
@@ -44,7 +46,7 @@ class InterpolateRegulator(nn.Module):
         """
         if frames is None:
             frames = int(ylens.max())
-        y = self.model(interpolate(x, [(x.shape[1], frames)], channels_first=True)).transpose(1, 2)
+        y = self._convolve(interpolate(x, [(x.shape[1], frames)], frames))
         return y * length_mask(ylens, frames)[..., None], ylens
 
     def inference(
@@ -68,5 +70,12 @@ class InterpolateRegulator(nn.Module):
             segments += [(EDGE_TOKENS, edge), middle, (EDGE_TOKENS, edge)]
         else:
             segments += [(tokens, mel_len2)]
-        y = self.model(interpolate(torch.cat([x1, x2], 1), segments, channels_first=True))
-        return y.transpose(1, 2), mel_len1 + mel_len2
+        frames = mel_len1 + mel_len2
+        return self._convolve(interpolate(torch.cat([x1, x2], 1), segments, frames)), frames
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        """``[B, T, channels]`` -> ``[B, T, out_channels]``."""
+        *blocks, last = self.model
+        for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
+            x = conv_block(x, conv.weight, conv.bias, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
+        return projection(x, [last.weight[:, :, 0]], [last.bias])

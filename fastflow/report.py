@@ -124,6 +124,10 @@ def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Coun
     return flow, counts.flops, saved.by_name
 
 
+# Parts of the estimator that see the time alone: once per step, whatever the rows.
+_TIME_ONLY = re.compile(rf"{re.escape(ESTIMATOR)}\.(time_mlp|time_embed|norm_out|.*\.mlp|.*\.attn_norm)\b")
+
+
 # Options that remove whole layers: the share that is kept, and which submodules go (k: layers that stay).
 _LAYER_OPTIONS = (
     ("encoder.num_blocks", 1 / 2, r"encoder\.encoders\.(\d+)\."),
@@ -161,7 +165,8 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> R
         parameters[key.rpartition(".")[0]] += parameter.numel()
 
     def cost(label: str, names: Sequence[str]) -> Cost:
-        step = sum(flops[n] for n in names if n.startswith(ESTIMATOR)) * GUIDED_ROWS // batch
+        rows = {n: 1 if _TIME_ONLY.match(n) else GUIDED_ROWS for n in names if n.startswith(ESTIMATOR)}
+        step = sum(flops[n] * rows[n] for n in rows) // batch
         once = sum(flops[n] for n in names if not n.startswith(ESTIMATOR)) // batch
         return Cost(
             name=label,

@@ -1,6 +1,6 @@
 """The U-Net estimators of CosyVoice 1 (GroupNorm) and 2 (causal convolutions, LayerNorm).
 
-Convolutions work on ``[B, C, T]``, transformer blocks on ``[B, T, C]``.  The key of every parameter is upstream's.
+Everything between the ends works on ``[B, T, C]``.  The key of every parameter is upstream's.
 """
 
 import math
@@ -12,7 +12,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastflow.layers import active, project_residual
 from fastflow.ops.attention import attention
+from fastflow.ops.conv_block import conv_block
+from fastflow.ops.feed_forward import feed_forward
+from fastflow.ops.norm import Norm
+from fastflow.ops.projection import projection
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
@@ -38,6 +43,11 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+def conv(module: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of ``[B, T, C]``."""
+    return module(x.transpose(1, 2)).transpose(1, 2)
+
+
 class CausalConv1d(nn.Conv1d):
     """A convolution of kernel 3 that sees the present and the two frames before it."""
 
@@ -45,30 +55,37 @@ class CausalConv1d(nn.Conv1d):
         return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
 
 
-class Transpose(nn.Module):
-    """Swap channels and time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
-
-
 class Block1D(nn.Module):
     """``Mish(norm(conv3(x * mask))) * mask``."""
 
     def __init__(self, dim: int, dim_out: int, causal: bool) -> None:
         super().__init__()
-        if causal:
-            norm: list[nn.Module] = [Transpose(), nn.LayerNorm(dim_out), Transpose()]
+        self.causal = causal
+        if causal:  # the indices are those of upstream, which transposes around its norm
+            norm: list[nn.Module] = [nn.Identity(), nn.LayerNorm(dim_out), nn.Identity()]
             self.block = nn.Sequential(CausalConv1d(dim, dim_out, 3), *norm, nn.Mish())
         else:
             self.block = nn.Sequential(nn.Conv1d(dim, dim_out, 3, padding=1), nn.GroupNorm(8, dim_out), nn.Mish())
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.block(x * mask) * mask
+    def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor | None = None) -> Tensor:
+        conv: Any = self.block[0]
+        norm: Any = self.block[2 if self.causal else 1]
+        return conv_block(
+            x,
+            conv.weight,
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            lengths=lengths,
+            groups=0 if self.causal else norm.num_groups,
+            causal=self.causal,
+            time_bias=time_bias,
+            eps=norm.eps,
+        )
 
 
 class ResnetBlock1D(nn.Module):
-    """Two blocks with the time embedding between them, and a projected residual; not zero on padding."""
+    """Two blocks with the time embedding between them, and a projected residual; padding holds arbitrary values."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int, causal: bool) -> None:
         super().__init__()
@@ -77,9 +94,10 @@ class ResnetBlock1D(nn.Module):
         self.block2 = Block1D(dim_out, dim_out, causal)
         self.res_conv = nn.Conv1d(dim, dim_out, 1)
 
-    def forward(self, x: Tensor, mask: Tensor, time_emb: Tensor) -> Tensor:
-        h = self.block1(x, mask) + self.mlp(time_emb)[..., None]
-        return self.block2(h, mask) + self.res_conv(x * mask)
+    def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor) -> Tensor:
+        """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives."""
+        h = self.block2(self.block1(x, lengths, time_bias), lengths)
+        return projection(x, [self.res_conv.weight[:, :, 0]], [self.res_conv.bias], residual=h)
 
 
 class Attention(nn.Module):
@@ -93,12 +111,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), nn.Dropout(dropout)])
 
-    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
-        q, k, v = (
-            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.to_q, self.to_k, self.to_v)
-        )
+    def forward(self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int) -> Tensor:
+        """``x + attention(norm(x))``."""
+        weights = [project.weight for project in (self.to_q, self.to_k, self.to_v)]
+        qkv = projection(x, weights, [None] * 3, norm=norm).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         out = attention(q, k, v, lengths=lengths, chunk_size=chunk_size, padded_queries=False)
-        return self.to_out[1](self.to_out[0](out.transpose(1, 2).flatten(2)))
+        last: Any = self.to_out[0]
+        return project_residual(x, out.transpose(1, 2).flatten(2), last, self.to_out[1])
 
 
 class GELU(nn.Module):
@@ -108,9 +128,6 @@ class GELU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, dim_out)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x))
-
 
 class FeedForward(nn.Module):
     """Four times the width inside."""
@@ -119,10 +136,14 @@ class FeedForward(nn.Module):
         super().__init__()
         self.net = nn.ModuleList([GELU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.net:
-            x = module(x)
-        return x
+    def forward(self, x: Tensor, norm: Norm) -> Tensor:
+        """``x + feed_forward(norm(x))``."""
+        inner: Any = self.net[0].proj
+        dropout, outer = self.net[1], self.net[2]
+        if active(dropout):
+            h = F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm))
+            return projection(dropout(h), [outer.weight], [outer.bias], residual=x)
+        return feed_forward(x, inner.weight, inner.bias, outer.weight, outer.bias, activation="gelu", norm=norm)
 
 
 class TransformerBlock(nn.Module):
@@ -136,8 +157,8 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim, dropout)
 
     def forward(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
-        x = x + self.attn1(self.norm1(x), lengths, chunk_size)
-        return x + self.ff(self.norm3(x))
+        x = self.attn1(x, Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps), lengths, chunk_size)
+        return self.ff(x, Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
 
 class Resample(nn.Module):
@@ -154,12 +175,12 @@ class Resample(nn.Module):
 class Stage(nn.ModuleList):
     """A resnet block, transformer blocks and, except in the middle, the resampling that the caller applies after."""
 
-    def forward(self, x: Tensor, mask: Tensor, lengths: Tensor, time_emb: Tensor, chunk_size: int) -> Tensor:
-        x = self[0](x, mask, time_emb).transpose(1, 2)
+    def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor, chunk_size: int) -> Tensor:
+        x = self[0](x, lengths, time_bias)
         blocks: Any = self[1]
         for block in blocks:
             x = block(x, lengths, chunk_size)
-        return x.transpose(1, 2)
+        return x
 
 
 class ConditionalDecoder(nn.Module):
@@ -232,6 +253,12 @@ class ConditionalDecoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def time_table(self, t: Tensor) -> list[Tensor]:
+        """All that depends on the times ``[n]`` alone: for every stage ``[n, channels]``."""
+        e = self.time_mlp(time_features(t, self.in_channels))
+        stages = (*self.down_blocks, *self.mid_blocks, *self.up_blocks)
+        return [stage[0].mlp(e) for stage in stages]  # type: ignore[index]
+
     def forward(
         self,
         x: Tensor,
@@ -241,6 +268,7 @@ class ConditionalDecoder(nn.Module):
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         streaming: bool = False,
+        time: Sequence[Tensor] | None = None,
     ) -> Tensor:
         """The velocity at (x, t).
 
@@ -252,34 +280,36 @@ class ConditionalDecoder(nn.Module):
             spks: ``[B, 80]`` speaker vector.
             cond: ``[B, 80, T]`` known mel frames, zero elsewhere.
             streaming: attention sees its own chunk and all before it; without effect in CosyVoice 1.
+            time: what :meth:`time_table` gives for t, if the caller has it.
 
         Returns:
             ``[B, 80, T]``, zero at padded frames.
         """
-        e = self.time_mlp(time_features(t, self.in_channels))
-        parts = [x, mu]
+        biases = iter(self.time_table(t) if time is None else time)
+        parts = [x.transpose(1, 2), mu.transpose(1, 2)]
         if spks is not None:
-            parts.append(spks[..., None].expand(-1, -1, x.shape[2]))
+            parts.append(spks[:, None].expand(-1, x.shape[2], -1))
         if cond is not None:
-            parts.append(cond)
-        x = torch.cat(parts, 1)
+            parts.append(cond.transpose(1, 2))
+        x = torch.cat(parts, 2)
         chunk = self.static_chunk_size if streaming else 0
-        masks = [mask]
+        masks = [mask[:, 0, :, None]]
         for _ in self.down_blocks[1:]:
-            masks.append(masks[-1][:, :, ::2])
-        lengths = [(m[:, 0] > 0).sum(-1) for m in masks]
+            masks.append(masks[-1][:, ::2])
+        lengths = [(m[..., 0] > 0).sum(-1) for m in masks]
 
         skips: list[Tensor] = []
         for stage, m, length in zip(self.down_blocks, masks, lengths, strict=True):
-            skips.append(stage(x, m, length, e, chunk))
-            x = stage[2](skips[-1] * m)
+            skips.append(stage(x, length, next(biases), chunk))
+            x = conv(stage[2], skips[-1] * m)
         for stage in self.mid_blocks:
-            x = stage(x, masks[-1], lengths[-1], e, chunk)
+            x = stage(x, lengths[-1], next(biases), chunk)
         for stage, m, length, skip in zip(self.up_blocks, masks[::-1], lengths[::-1], skips[::-1], strict=True):
-            x = stage(torch.cat([x[:, :, : skip.shape[2]], skip], 1), m, length, e, chunk)
-            x = stage[2](x * m)
-        x = self.final_block(x, mask)
-        return self.final_proj(x * mask) * mask
+            x = stage(torch.cat([x[:, : skip.shape[1]], skip], 2), length, next(biases), chunk)
+            x = conv(stage[2], x * m)
+        x = self.final_block(x, lengths[0])
+        x = projection(x, [self.final_proj.weight[:, :, 0]], [self.final_proj.bias])
+        return (x * masks[0]).transpose(1, 2)
 
 
 class CausalConditionalDecoder(ConditionalDecoder):

@@ -61,6 +61,24 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def modules_on(monkeypatch: pytest.MonkeyPatch):
+    """A context in which modules run on a backend, and on the next best where it lacks a kernel.
+
+    ``use_backend`` would refuse the ops that it lacks.
+    """
+
+    def choose(backend: str) -> _backend.use_backend:
+        if backend == "reference":
+            return _backend.use_backend(backend)
+        device = device_of(backend)
+        rest = [name for name in _backend.PREFERENCE[device] if name != backend]
+        monkeypatch.setitem(_backend.PREFERENCE, device, (backend, *rest))
+        return _backend.use_backend("auto")
+
+    return choose
+
+
+@pytest.fixture
 def full_size(request: pytest.FixtureRequest) -> None:
     """For tests of real sizes, which take minutes in Triton's interpreter."""
     name = "backend" if "backend" in request.fixturenames else "kernel_backend"

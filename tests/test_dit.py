@@ -23,13 +23,15 @@ def inputs(frames: int, lengths: list[int]) -> dict[str, torch.Tensor]:
 
 def test_rotation_touches_head_0_only_and_turns_neighbours() -> None:
     rotary = RotaryEmbedding(8)(5)
-    x = torch.randn(2, 5, 32)
-    y = rotate_first_head(x, *rotary)
-    assert torch.equal(y[..., 8:], x[..., 8:])
+    x = torch.randn(2, 5, 3, 4, 8)  # q, k and v of 4 heads
+    y = rotate_first_head(x.clone(), *rotary)
+    assert torch.equal(y[:, :, 2], x[:, :, 2]), "v is not turned"
+    assert torch.equal(y[:, :, :, 1:], x[:, :, :, 1:])
     assert torch.equal(y[:, 0], x[:, 0]), "position 0 is not turned"
     angle = torch.tensor(3.0)  # position 3, frequency 1: channels 0 and 1
-    torch.testing.assert_close(y[:, 3, 0], x[:, 3, 0] * angle.cos() - x[:, 3, 1] * angle.sin())
-    torch.testing.assert_close(y[:, 3, 1], x[:, 3, 1] * angle.cos() + x[:, 3, 0] * angle.sin())
+    before, after = x[:, 3, :2, 0], y[:, 3, :2, 0]
+    torch.testing.assert_close(after[..., 0], before[..., 0] * angle.cos() - before[..., 1] * angle.sin())
+    torch.testing.assert_close(after[..., 1], before[..., 1] * angle.cos() + before[..., 0] * angle.sin())
 
 
 def test_channels_enter_as_x_cond_mu_speaker() -> None:

@@ -247,7 +247,7 @@ def test_a_copied_flow_is_the_same(name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------ backends
 @pytest.mark.parametrize("name", TINY)
-def test_every_backend_gives_the_same_flow(name: str, backend: str, device: torch.device) -> None:
+def test_every_backend_gives_the_same_flow(name: str, backend: str, device: torch.device, modules_on) -> None:
     flow, batch = make_flow(name), make_batch(name)
     want = loss_of(flow, batch)
     want.backward()
@@ -255,7 +255,7 @@ def test_every_backend_gives_the_same_flow(name: str, backend: str, device: torc
     flow.zero_grad()
     if device.type != "cpu":
         pytest.skip("the draws of another device differ")
-    with fastflow.use_backend(backend):
+    with modules_on(backend):
         got = loss_of(flow, batch)
     got.backward()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=0)

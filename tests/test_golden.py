@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import fastflow
 from fastflow.testing.golden import Case, compare, compute
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -33,7 +32,7 @@ def failures(case: Case, results: dict) -> list:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_case_agrees_with_upstream(path: Path, dtype: torch.dtype, backend: str) -> None:
+def test_case_agrees_with_upstream(path: Path, dtype: torch.dtype, backend: str, modules_on) -> None:
     case = Case(path, dtype)
     if case.config.get("train_mode") and backend != "reference":
         pytest.skip("recorded dropout masks belong to the reference path")
@@ -41,7 +40,7 @@ def test_case_agrees_with_upstream(path: Path, dtype: torch.dtype, backend: str)
         pytest.skip("attention on triton has no float64")
     if case.name.startswith("full_") and backend == "triton" and not torch.cuda.is_available():
         pytest.skip("not run: full size on triton: this machine has no GPU")
-    with fastflow.use_backend(backend):
+    with modules_on(backend):
         assert not failures(case, compute(case))
 
 

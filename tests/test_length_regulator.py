@@ -28,33 +28,33 @@ def test_keys_are_upstreams() -> None:
 
 @pytest.mark.parametrize("tokens", [1, 20, 40])
 @pytest.mark.parametrize("prompt", [0, 9])
-def test_up_to_40_tokens_are_stretched_whole(tokens: int, prompt: int, backend: str) -> None:
+def test_up_to_40_tokens_are_stretched_whole(tokens: int, prompt: int, backend: str, modules_on) -> None:
     module, x1, x2 = regulator(), torch.randn(1, prompt, 80), torch.randn(1, tokens, 80)
     frames = 2 * tokens
     want = stretch(x2, frames)
     if prompt:
         want = torch.cat([stretch(x1, 15), want], 2)
-    with fastflow.use_backend(backend), torch.no_grad():
+    with modules_on(backend), torch.no_grad():
         got, total = module.inference(x1, x2, 15 if prompt else 0, frames, 50)
     assert total == want.shape[2]
     torch.testing.assert_close(got, module.model(want).transpose(1, 2))
 
 
 @pytest.mark.parametrize(("rate", "edge"), [(50, 34), (25, 68)])
-def test_over_40_tokens_both_ends_have_fixed_lengths(rate: int, edge: int, backend: str) -> None:
+def test_over_40_tokens_both_ends_have_fixed_lengths(rate: int, edge: int, backend: str, modules_on) -> None:
     module, x1, x2 = regulator(), torch.randn(1, 4, 80), torch.randn(1, 41, 80)
     frames = mel_frames(41, rate)
     middle = stretch(x2[:, 20:-20], frames - 2 * edge)
     parts = [stretch(x1, 7), stretch(x2[:, :20], edge), middle, stretch(x2[:, -20:], edge)]
-    with fastflow.use_backend(backend), torch.no_grad():
+    with modules_on(backend), torch.no_grad():
         got, total = module.inference(x1, x2, 7, frames, rate)
     assert total == frames + 7
     torch.testing.assert_close(got, module.model(torch.cat(parts, 2)).transpose(1, 2))
 
 
-def test_training_stretches_padded_rows_and_masks_the_result(backend: str) -> None:
+def test_training_stretches_padded_rows_and_masks_the_result(backend: str, modules_on) -> None:
     module, x, ylens = regulator(), torch.randn(2, 9, 80), torch.tensor([16, 11])
-    with fastflow.use_backend(backend), torch.no_grad():
+    with modules_on(backend), torch.no_grad():
         got, lengths = module(x, ylens)
     want = module.model(stretch(x, 16)).transpose(1, 2)
     assert lengths is ylens

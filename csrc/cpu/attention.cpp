@@ -1,5 +1,5 @@
 // attention on the CPU, forward and backward.  Compiled once per instruction set, with FASTFLOW_CAPABILITY as its
-// namespace, and as the only kernel with -ffp-contract=fast: the compiler fuses the multiply-adds of the products.
+// namespace, and with -ffp-contract=fast: the compiler fuses the multiply-adds of the products.
 //
 // A tile is kQueries x kKeys scores.  The forward pass goes through the keys of a block of queries with a running
 // softmax (FlashAttention-2, Dao 2023); the backward pass goes through the queries of a block of keys, forms each tile

@@ -8,14 +8,26 @@
 namespace fastflow::cpu {
 namespace {
 
-#define FASTFLOW_TABLE(capability)    \
-  {#capability,                       \
-   &capability::interpolate_forward,  \
-   &capability::interpolate_backward, \
-   &capability::attention_workspace,  \
-   &capability::attention_forward,    \
-   &capability::attention_backward,   \
-   &capability::attention_sum}
+#define FASTFLOW_TABLE(capability)      \
+  {#capability,                         \
+   &capability::interpolate_forward,    \
+   &capability::interpolate_backward,   \
+   &capability::attention_workspace,    \
+   &capability::attention_forward,      \
+   &capability::attention_backward,     \
+   &capability::attention_sum,          \
+   &capability::pack_panels,            \
+   &capability::pack_elements,          \
+   &capability::pack,                   \
+   &capability::projection_workspace,   \
+   &capability::projection_forward,     \
+   &capability::feed_forward_workspace, \
+   &capability::feed_forward_forward,   \
+   &capability::norm_backward,          \
+   &capability::activation_backward,    \
+   &capability::conv_block_shared,      \
+   &capability::conv_block_plan,        \
+   &capability::conv_block_run}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

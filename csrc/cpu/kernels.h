@@ -7,7 +7,9 @@
 #include <vector>
 
 #include "../attention.h"
+#include "../conv_block.h"
 #include "../interpolate.h"
+#include "../linear.h"
 
 namespace fastflow::cpu {
 
@@ -20,6 +22,19 @@ namespace fastflow::cpu {
   void attention_backward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next); \
   void attention_sum(const void* sums, int64_t groups, int64_t count, Dtype dtype, void* result, int64_t begin, \
                      int64_t end);                                                                              \
+  int64_t pack_panels(int64_t rows, Dtype dtype);                                                               \
+  int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype);                                              \
+  void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel);        \
+  int64_t projection_workspace(const LinearArgs& args, Dtype dtype);                                            \
+  void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);    \
+  int64_t feed_forward_workspace(const LinearArgs& args, Dtype dtype);                                          \
+  void feed_forward_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);  \
+  void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last);  \
+  void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end);        \
+  int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                             \
+  ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                  \
+  void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,            \
+                      std::atomic<int64_t>& next);                                                              \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -37,6 +52,24 @@ struct Kernels {
   decltype(&baseline::attention_backward) attention_backward;
   // result[n] = sum over groups of sums[group * count + n], for n in [begin, end).
   decltype(&baseline::attention_sum) attention_sum;
+
+  // Panels and elements (of the type to compute in) of packed weights, and the packing of some of the panels.
+  decltype(&baseline::pack_panels) pack_panels;
+  decltype(&baseline::pack_elements) pack_elements;
+  decltype(&baseline::pack) pack;
+  // Workspaces and tasks as for attention.
+  decltype(&baseline::projection_workspace) projection_workspace;
+  decltype(&baseline::projection_forward) projection_forward;
+  decltype(&baseline::feed_forward_workspace) feed_forward_workspace;
+  decltype(&baseline::feed_forward_forward) feed_forward_forward;
+  // Chunks [first, last) of kNormChunk frames of a row, one row after the other; the workspace holds 2 * C elements.
+  decltype(&baseline::norm_backward) norm_backward;
+  decltype(&baseline::activation_backward) activation_backward;
+  // Elements, of the type to compute in, of the memory that the threads of all phases share.
+  decltype(&baseline::conv_block_shared) conv_block_shared;
+  decltype(&baseline::conv_block_plan) conv_block_plan;
+  // Takes task after task of a phase, as attention does.
+  decltype(&baseline::conv_block_run) conv_block_run;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.

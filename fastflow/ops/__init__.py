@@ -1,6 +1,24 @@
 """The fused ops, one file each: formula, reference, autograd function and public function."""
 
 from fastflow.ops.attention import RelativePosition, attention, attention_ref
+from fastflow.ops.conv_block import conv_block, conv_block_ref
+from fastflow.ops.feed_forward import feed_forward, feed_forward_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
+from fastflow.ops.norm import Norm, norm_ref
+from fastflow.ops.projection import projection, projection_ref
 
-__all__ = ["RelativePosition", "attention", "attention_ref", "interpolate", "interpolate_ref"]
+__all__ = [
+    "Norm",
+    "RelativePosition",
+    "attention",
+    "attention_ref",
+    "conv_block",
+    "conv_block_ref",
+    "feed_forward",
+    "feed_forward_ref",
+    "interpolate",
+    "interpolate_ref",
+    "norm_ref",
+    "projection",
+    "projection_ref",
+]

@@ -81,6 +81,18 @@ def _relative_attention_backward_flops(
     return _attention_backward_flops(grad, out, lse, q, k, v) + 3 * _distance_flops(q, position)
 
 
+def _projection_flops(x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -> int:
+    return 2 * x.numel() * sum(weight.shape[0] for weight in weights)
+
+
+def _feed_forward_flops(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.shape[:2].numel() * (w1.numel() + w2.numel())
+
+
+def _conv_block_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * x.shape[:2].numel() * weight.numel()
+
+
 # PyTorch's own table has the CUDA attention kernels only.
 _FLOPS = {
     torch.ops.fastflow.attention: _attention_flops,
@@ -91,6 +103,9 @@ _FLOPS = {
     torch.ops.fastflow.attention_backward_triton: _attention_backward_flops,
     torch.ops.fastflow.relative_attention_triton: _relative_attention_flops,
     torch.ops.fastflow.relative_attention_backward_triton: _relative_attention_backward_flops,
+    torch.ops.fastflow.projection: _projection_flops,
+    torch.ops.fastflow.feed_forward: _feed_forward_flops,
+    torch.ops.fastflow.conv_block: _conv_block_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }

@@ -27,7 +27,9 @@ import fastflow
 from fastflow import dit, encoder, flow, unet
 from fastflow.length_regulator import mel_frames
 from fastflow.ops.attention import length_mask, rel_shift, upstream_lengths, visible_keys
+from fastflow.ops.feed_forward import feed_forward
 from fastflow.ops.interpolate import interpolate
+from fastflow.ops.norm import norm_ref
 
 SOLVER = {"v1": fastflow.ConditionalCFM, "v2": fastflow.CausalConditionalCFM, "v3": fastflow.CausalConditionalCFM}
 ESTIMATOR = {"v1": fastflow.ConditionalDecoder, "v2": fastflow.CausalConditionalDecoder, "v3": fastflow.DiT}
@@ -380,13 +382,15 @@ def _parts_conformer(case: Case) -> Results:
         "pos_x": x * math.sqrt(width),
         "pos_emb": position,
         "rel_shift_of_arange": rel_shift(count, frames, frames),
-        "ff": ff(x),
+        "ff": feed_forward(
+            x, ff.w_1.weight, ff.w_1.bias, ff.w_2.weight, ff.w_2.bias, activation="silu", residual=False
+        ),
         "embed": embed(x)[0],
         "up": up(x).transpose(1, 2),
         "up_lens": 2 * lens,
     }
     for name, chunk in (("full", 0), ("chunk", args["chunk"])):
-        results[f"attn_{name}"] = attn(x, lens, chunk, position)
+        results[f"attn_{name}"] = attn.linear_out(attn(x, None, lens, chunk, position, padded_queries=True))
         results[f"layer_{name}"] = layer(x, lens, chunk, position)
     return results
 
@@ -397,10 +401,11 @@ def _parts_unet(case: Case) -> Results:
     block = case.fill(unet.Block1D(args["cin"], width, causal), "block.")
     resnet = case.fill(unet.ResnetBlock1D(args["cin"], width, args["time_dim"], causal), "resnet.")
     transformer = case.fill(unet.TransformerBlock(width, args["heads"], args["head_dim"], 0.0), "tf.")
+    lengths = (mask[:, 0] > 0).sum(-1)
     results = {
-        "block": block(x, mask),
-        "resnet": resnet(x, mask, case.input("temb")),
-        "tf": transformer(h, (mask[:, 0] > 0).sum(-1), args["chunk"]),
+        "block": block(x.transpose(1, 2), lengths).transpose(1, 2),
+        "resnet": resnet(x.transpose(1, 2), lengths, resnet.mlp(case.input("temb"))).transpose(1, 2),
+        "tf": transformer(h, lengths, args["chunk"]),
     }
     if causal:
         return results | {"conv": case.fill(unet.CausalConv1d(args["cin"], width, 3), "conv.")(x)}
@@ -419,26 +424,28 @@ def _parts_dit(case: Case) -> Results:
     rotary = dit.RotaryEmbedding(args["dim_head"]).to(case.dtype)(frames)
     attn = case.fill(dit.Attention(*shape, 0.0), "attn.")
     block = case.fill(dit.DiTBlock(*shape, args["ff_mult"], 0.0), "block.")
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = case.fill(dit.AdaLayerNorm(dim, 6), "attn_norm.")(e)
-    final_scale, final_shift = case.fill(dit.AdaLayerNorm(dim, 2), "norm_out.")(e)
+    table = case.fill(dit.AdaLayerNorm(dim, 6), "attn_norm.")(F.silu(e))
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, -1)
+    final_scale, final_shift = case.fill(dit.AdaLayerNorm(dim, 2), "norm_out.")(F.silu(e)).chunk(2, -1)
+    qkv = torch.stack([q, q, q], 2).unflatten(-1, (-1, args["dim_head"]))
     angle = torch.arange(frames, dtype=case.dtype)[:, None] * dit.RotaryEmbedding(args["dim_head"]).inv_freq
     results = {
         "input_embed": case.fill(dit.InputEmbedding(320, dim), "input_embed.")(x, cond, mu, spks),
         "conv_pos": case.fill(dit.CausalConvPositionEmbedding(dim), "conv_pos_embed.")(h),
         "time_embed": case.fill(dit.TimestepEmbedding(dim), "time_embed.")(case.input("t")),
         "rope_freqs": angle.repeat_interleave(2, dim=1)[None],
-        "rope_applied": dit.rotate_first_head(q, *rotary),
-        "ada_x": dit.modulate(h, shift, scale),
-        "ada_gate_msa": gate[:, 0],
-        "ada_shift_mlp": shift_mlp[:, 0],
-        "ada_scale_mlp": scale_mlp[:, 0],
-        "ada_gate_mlp": gate_mlp[:, 0],
-        "final_norm": dit.modulate(h, final_shift, final_scale),
-        "ff": case.fill(dit.FeedForward(dim, args["ff_mult"], 0.0), "ff.")(h),
+        "rope_applied": dit.rotate_first_head(qkv, *rotary)[:, :, 0].flatten(2),
+        "ada_x": norm_ref(h, dit.modulated(shift, scale)),
+        "ada_gate_msa": gate,
+        "ada_shift_mlp": shift_mlp,
+        "ada_scale_mlp": scale_mlp,
+        "ada_gate_mlp": gate_mlp,
+        "final_norm": norm_ref(h, dit.modulated(final_shift, final_scale)),
+        "ff": case.fill(dit.FeedForward(dim, args["ff_mult"], 0.0), "ff.")(h, None, None) - h,
     }
     for name, chunk in (("full", 0), ("chunk", args["chunk"])):
-        results[f"attn_{name}"] = attn(h, lengths, chunk, rotary)
-        results[f"block_{name}"] = block(h, e, lengths, chunk, rotary)
+        results[f"attn_{name}"] = attn(h, None, None, lengths, chunk, rotary) - h
+        results[f"block_{name}"] = block(h, block.attn_norm(F.silu(e)), lengths, chunk, rotary)
     return results
 
 
@@ -535,13 +542,15 @@ def _limit(case: Case, noise: float, gradient: bool, stored32: bool) -> float:
 
 
 def _what_matters(case: Case, name: str) -> np.ndarray | bool:
-    """Padding that nothing reads: outputs of the v2 encoder, DiT and the U-Net's transformers; mu of v2 and v3."""
+    """Padding that nothing reads: of the v2 encoder, DiT and its parts, parts of the U-Net; mu of v2 and v3."""
     if name == "out.y" and case.config["kind"] == "v3.estimator":
         return case.arrays["in.mask"] > 0
     if name == "out.h" and case.version == "v2":
         return case.arrays["out.masks"].transpose(0, 2, 1)
-    if name == "out.tf":  # nothing reads a U-Net transformer's output at padding
+    if name == "out.tf" or (case.kind == "parts_dit" and name.startswith(("out.attn_", "out.block_"))):
         return case.arrays["in.mask"].transpose(0, 2, 1) > 0
+    if name == "out.resnet":
+        return case.arrays["in.mask"] > 0
     if name == "out.mu" and case.version != "v1":
         return case.arrays["out.mask"] > 0
     return True

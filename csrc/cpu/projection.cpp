@@ -1,0 +1,131 @@
+// projection on the CPU, the packing of weights for it and for feed_forward, and the backward pass of the normalisation
+// that both begin with.  Compiled once per instruction set, with FASTFLOW_CAPABILITY as its namespace.
+#include "kernels.h"
+#include "linear.h"
+
+namespace fastflow::cpu::FASTFLOW_CAPABILITY {
+namespace {
+
+constexpr int64_t kGroup = 64;  // channels whose results are written together, several cache lines of each frame
+
+template <typename T>
+int64_t elements_of(const LinearArgs& args) {
+  using Real = Wide<T>;
+  return Reader<T>::elements(args) +
+         args.block * (Block<Real>::stride_of(args.channels) + Block<Real>::stride_of(kGroup));
+}
+
+template <typename T>
+void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next) {
+  using Real = Wide<T>;
+  Reader<T> reader(args, memory);
+  const Block<Real> input(memory, args.block, args.channels), results(memory, args.block, kGroup);
+  Real* const packed = static_cast<Real*>(const_cast<void*>(args.packed_out));
+  for_each_block(args, next, [&](int64_t first, int64_t count) {
+    reader.read(first, count, input);
+    for (int64_t group = 0; group < args.out_channels; group += kGroup) {
+      const int64_t columns = min_of(kGroup, args.out_channels - group);
+      for (int64_t c = 0; c < columns; c += kColumns<Real>)
+        multiply_panel(count, args.channels, input.data, input.stride,
+                       packed + panel_offset<Real>(args.channels, (group + c) / kColumns<Real>), results.data + c,
+                       results.stride);
+      if (columns == kGroup)
+        finish<T>(args, first, count, group, kGroup, results.data, results.stride);
+      else
+        finish<T>(args, first, count, group, columns, results.data, results.stride);
+    }
+  });
+}
+
+// One chunk of one row: grad_x = (g - mean(g) - xhat mean(g xhat)) / deviation with g = grad * scale and the means over
+// channels.
+template <typename Real>
+void norm_chunk(const NormBackwardArgs& args, int64_t b, int64_t chunk, int64_t chunks, Real* scale, Real* shift) {
+  const int64_t channels = args.channels, frames = args.batch * args.frames;
+  Real* __restrict sums = static_cast<Real*>(args.sums) + (b * chunks + chunk) * 2 * channels;
+  std::fill_n(sums, 2 * channels, Real{});
+  const int64_t begin = chunk * kNormChunk, end = min_of(begin + kNormChunk, args.frames);
+  for (int64_t frame = b * args.frames + begin; frame < b * args.frames + end; ++frame) {
+    const Real* grad = static_cast<const Real*>(args.grad) + frame * channels;
+    const Real* x = static_cast<const Real*>(args.x) + frame * channels;
+    const Real* residual = static_cast<const Real*>(args.grad_residual);
+    Real* __restrict grad_x = static_cast<Real*>(args.grad_x) + frame * channels;
+    Real* __restrict normalised = static_cast<Real*>(args.normalised) + frame * channels;
+    const Real mean = static_cast<const Real*>(args.stats)[frame];
+    const Real rstd = static_cast<const Real*>(args.stats)[frames + frame];
+    for (int64_t c = 0; c < channels; ++c) {
+      const Real xhat = (x[c] - mean) * rstd;
+      normalised[c] = grad[c] * scale[c] * xhat;
+      grad_x[c] = grad[c] * scale[c];
+      sums[c] += grad[c] * xhat;
+      sums[channels + c] += grad[c];
+    }
+    const auto itself = [](auto v) { return v; };
+    const Real along = sum_of(normalised, channels, itself) / channels,
+               constant = sum_of(grad_x, channels, itself) / channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const Real xhat = (x[c] - mean) * rstd;
+      grad_x[c] = (grad_x[c] - constant - xhat * along) * rstd;
+      normalised[c] = xhat * scale[c] + shift[c];
+    }
+    if (residual)
+      for (int64_t c = 0; c < channels; ++c) grad_x[c] += residual[frame * channels + c];
+  }
+}
+
+template <typename Visit>
+void with_wide(Dtype dtype, const Visit& visit) {
+  with_dtype(dtype, [&](auto zero) { visit(Wide<decltype(zero)>{}); });
+}
+
+}  // namespace
+
+int64_t pack_panels(int64_t rows, Dtype dtype) {
+  int64_t panels = 0;
+  with_wide(dtype, [&](auto zero) { panels = panels_of<decltype(zero)>(rows); });
+  return panels;
+}
+
+int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype) {
+  int64_t elements = 0;
+  with_wide(dtype, [&](auto zero) {
+    using Real = decltype(zero);
+    elements = panel_offset<Real>(depth, panels_of<Real>(rows));
+  });
+  return elements;
+}
+
+void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t p = first_panel; p < last_panel; ++p) pack_panel<T>(weights, p, static_cast<Wide<T>*>(packed));
+  });
+}
+
+int64_t projection_workspace(const LinearArgs& args, Dtype dtype) {
+  int64_t elements = 0;
+  with_dtype(dtype, [&](auto zero) { elements = elements_of<decltype(zero)>(args); });
+  return elements;
+}
+
+void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next) {
+  with_dtype(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    project<T>(args, static_cast<Wide<T>*>(workspace), next);
+  });
+}
+
+void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last) {
+  with_wide(dtype, [&](auto zero) {
+    using Real = decltype(zero);
+    const int64_t chunks = ceil_div(args.frames, kNormChunk);
+    Real *scale = static_cast<Real*>(workspace), *shift = scale + args.channels;
+    for (int64_t n = first; n < last; ++n) {
+      read_vector<Real>(args.scale, n / chunks, args.channels, 1, scale);
+      read_vector<Real>(args.shift, n / chunks, args.channels, 0, shift);
+      norm_chunk<Real>(args, n / chunks, n % chunks, chunks, scale, shift);
+    }
+  });
+}
+
+}  // namespace fastflow::cpu::FASTFLOW_CAPABILITY

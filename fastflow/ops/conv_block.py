@@ -1,0 +1,235 @@
+"""Masked convolution, normalisation, Mish and mask: the block that the U-Nets and the length regulator are made of.
+
+On ``[B, T, C]``, with frames past a row's length taken as zero before the convolution and set to zero after Mish::
+
+    y = conv3(x * mask) + bias                            3 taps: one frame to each side, or (causal) two to the left
+    out = Mish(norm(y) * norm_weight + norm_bias) * mask + time_bias                   time_bias also on padding
+    Mish(z) = z * tanh(log(1 + exp(z)))                                                (Misra, 2019)
+
+norm is GroupNorm (Wu, He, 2018), whose mean and variance are those of all frames of the padded row
+(``padding="upstream"``) or of the row's own frames (``"exact"``), or LayerNorm over the channels of each frame.
+
+Saved for the backward pass: x, y, mean and rstd.  With ``h = dz * norm_weight``, dz the gradient before Mish and means
+over what was normalised together::
+
+    dy = rstd * (h - mean(h) - y_normalised * mean(h * y_normalised))
+
+which is not zero on padding that GroupNorm counts; nothing of size T is formed there, since y is the bias.
+"""
+
+import contextlib
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastflow import backend as _backend
+from fastflow.ops.attention import length_mask
+
+TAPS = 3
+DTYPES = {"cpu": _backend.FLOATS}
+PADDINGS = ("upstream", "exact")
+
+Padding = Literal["upstream", "exact"]
+
+
+# ------------------------------------------------------------------------------------------------ reference
+def _exact_group_norm(y: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """GroupNorm of ``[B, C', T]`` over the frames that ``keep`` ``[B, 1, T]`` marks; frames without any stay finite."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(1, (groups, -1))
+    keep = keep[:, None]
+    count = (keep.sum((2, 3), keepdim=True) * wide.shape[2]).clamp(min=1)
+    mean = (wide * keep).sum((2, 3), keepdim=True) / count
+    centred = (wide - mean) * keep
+    variance = centred.square().sum((2, 3), keepdim=True) / count
+    normal = (centred * (variance + eps).rsqrt()).flatten(1, 2).to(y.dtype)
+    return normal * weight[:, None] + bias[:, None]
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def conv_block_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    groups: int = 0,
+    causal: bool = False,
+    time_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding: Padding = "upstream",
+) -> Tensor:
+    """The same as :func:`conv_block` in plain PyTorch, as upstream computes it: on ``[B, C, T]``."""
+    frames = x.shape[1]
+    if frames == 0:  # a convolution wants a frame
+        x = F.pad(x, (0, 0, 0, 1))
+    keep = None if lengths is None else length_mask(lengths, x.shape[1])[:, None]
+    with _no_autocast(x):
+        x = x.transpose(1, 2)
+        if keep is not None:
+            x = x.masked_fill(~keep, 0.0)
+        y = F.conv1d(F.pad(x, (TAPS - 1, 0)) if causal else x, weight, bias, padding=0 if causal else TAPS // 2)
+        if not groups:
+            y = F.layer_norm(y.transpose(1, 2), y.shape[1:2], norm_weight, norm_bias, eps).transpose(1, 2)
+        elif padding == "exact" and keep is not None:
+            y = _exact_group_norm(y, keep, norm_weight, norm_bias, groups, eps)
+        else:
+            y = torch.group_norm(y, groups, norm_weight, norm_bias, eps)
+        y = F.mish(y)
+        if keep is not None:
+            y = y.masked_fill(~keep, 0.0)
+    out = y.transpose(1, 2)[:, :frames]
+    return out if time_bias is None else out + time_bias[:, None]
+
+
+# ------------------------------------------------------------------------------------------------ fused
+# The forward pass returns the output and, for the backward pass, y, mean and rstd, which have shape [0] unless `save`.
+# `wanted` has a bit for each gradient: x, weight, bias, norm_weight, norm_bias, time_bias; the others have shape [0].
+_PARAMETERS = "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor? lengths"
+_RULE = "int groups, bool causal, bool exact, float eps"
+torch.library.define(
+    "fastflow::conv_block",
+    f"({_PARAMETERS}, Tensor? time_bias, {_RULE}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastflow::conv_block_backward",
+    f"(Tensor grad, Tensor y, Tensor mean, Tensor rstd, {_PARAMETERS}, {_RULE}, int wanted) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("fastflow::conv_block")
+def _forward_fake(x, weight, bias, scale, shift, lengths, time, groups, causal, exact, eps, save):  # type: ignore
+    wide = torch.promote_types(x.dtype, torch.float32)
+    shape = (*x.shape[:2], weight.shape[0])
+    statistics = (x.shape[0], groups or x.shape[1]) if save else (0,)
+    mean, rstd = (x.new_empty(statistics, dtype=wide) for _ in range(2))
+    return x.new_empty(shape), x.new_empty(shape if save else (0,)), mean, rstd
+
+
+@torch.library.register_fake("fastflow::conv_block_backward")
+def _backward_fake(grad, y, mean, rstd, x, weight, *rest):  # type: ignore[no-untyped-def]
+    width, wanted = weight.shape[0], rest[-1]
+    shapes = (x.shape, weight.shape, (width,), (width,), (width,), (x.shape[0], width))
+    return tuple(x.new_empty(shape if wanted >> n & 1 else (0,)) for n, shape in enumerate(shapes))
+
+
+_forward = torch.ops.fastflow.conv_block.default
+_backward = torch.ops.fastflow.conv_block_backward.default
+
+
+class ConvBlockFunction(torch.autograd.Function):
+    """``rule`` holds the numbers of the schema."""
+
+    @staticmethod
+    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule):  # type: ignore[no-untyped-def]
+        return _forward(x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *tensors, _, lengths, ctx.rule = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *tensors, lengths)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+        wanted = sum(needed << n for n, needed in enumerate(ctx.needs_input_grad[:6]))
+        grads = _backward(grad, *ctx.saved_tensors, *ctx.rule, wanted)
+        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), None, None
+
+
+# ------------------------------------------------------------------------------------------------ public
+def _check(x: Tensor, tensors: dict[str, Tensor], lengths: Tensor | None, groups: int, padding: str) -> None:
+    """Validate the arguments without reading device memory."""
+    if x.dim() != 3 or x.dtype not in _backend.FLOATS or x.shape[2] < 1:
+        raise ValueError(f"x must have shape [B, T, C >= 1] and a floating dtype, got {list(x.shape)} {x.dtype}")
+    weight = tensors["weight"]
+    if weight.dim() != 3 or weight.shape[0] < 1 or weight.shape[1:] != (x.shape[2], TAPS):
+        raise ValueError(f"weight must have shape [C' >= 1, {x.shape[2]}, {TAPS}], got {list(weight.shape)}")
+    width = weight.shape[0]
+    for name, tensor in tensors.items():
+        shape = (x.shape[0], width) if name == "time_bias" else (width,)
+        if name != "weight" and tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device} but x is {x.dtype} on {x.device}")
+    if lengths is not None:
+        if lengths.shape != x.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"lengths must be int32 or int64 of shape [{x.shape[0]}], got {list(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device != x.device:
+            raise ValueError(f"lengths is on {lengths.device} but x is on {x.device}")
+    if groups < 0 or (groups and width % groups):
+        raise ValueError(f"groups must be 0, which means LayerNorm, or divide the {width} channels; got {groups}")
+    if padding not in PADDINGS:
+        raise ValueError(f"padding must be one of {', '.join(PADDINGS)}; got {padding!r}")
+
+
+def conv_block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    groups: int = 0,
+    causal: bool = False,
+    time_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    padding: Padding = "upstream",
+    backend: str | None = None,
+) -> Tensor:
+    """``Mish(norm(conv3(x * mask) + bias)) * mask + time_bias``, as described at the top of this file.
+
+    Under autocast everything is cast to its dtype first (float64 stays), as a convolution does.
+
+    Args:
+        x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides; what lies past a row's length is not read.
+        weight: ``[C', C, 3]``, as ``nn.Conv1d`` has it.
+        bias, norm_weight, norm_bias: ``[C']``.
+        lengths: ``[B]`` int32 or int64 frames of each row, never read on the host; None: all.
+        groups: of GroupNorm, a divisor of C'; 0: LayerNorm.
+        causal: whether the convolution sees the frame and the two before it, instead of one to each side.
+        time_bias: ``[B, C']`` to add to every frame, also on padding, or None.
+        eps: added to the variance.
+        padding: what GroupNorm counts: ``"upstream"``, all T frames, or ``"exact"``, the row's own.
+        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+
+    Returns:
+        ``[B, T, C']`` of the dtype of x.  Sums and statistics are float32 (float64 for float64).
+
+    Raises:
+        ValueError: arguments that do not fit, by name.
+        RuntimeError: the chosen backend cannot run here, with the reason.
+    """
+    tensors = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    if time_bias is not None:
+        tensors["time_bias"] = time_bias
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, tensors = x.to(dtype), {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    _check(x, tensors, lengths, groups, padding)
+    chosen = _backend.select("conv_block", x, DTYPES, backend)
+    time_bias = tensors.pop("time_bias", None)
+    if chosen == "reference":
+        return conv_block_ref(
+            x, **tensors, lengths=lengths, groups=groups, causal=causal, time_bias=time_bias, eps=eps, padding=padding
+        )
+    lengths = None if lengths is None else lengths.long().contiguous()
+    rule = (groups, causal, padding == "exact" and lengths is not None, eps)
+    given = (x, *tensors.values())
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, time_bias) if t is not None):
+        return ConvBlockFunction.apply(*given, time_bias, lengths, rule)[0]
+    return _forward(*given, lengths, time_bias, *rule, False)[0]

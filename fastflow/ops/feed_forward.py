@@ -1,0 +1,206 @@
+"""The feed-forward layer of a transformer block, from the norm before it to the residual after it:
+
+    y = activation(norm(x) @ w1.T + b1) @ w2.T + b2
+    y,  x + y,  or  x + gate[:, None] * y
+
+Saved for the backward pass: x, mean and deviation of each frame, and what goes into the activation, from which that is
+recomputed; without gradients not even this is written to memory.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastflow import backend as _backend
+from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
+from fastflow.ops.projection import cast, cast_norm, fake_stats, to_input, weight_gradients
+
+DTYPES = {"cpu": _backend.FLOATS}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+_NUMBERS = {name: n for n, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/linear.h
+
+
+def feed_forward_ref(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str,
+    norm: Norm | None = None,
+    gate: Tensor | None = None,
+    residual: bool = True,
+) -> Tensor:
+    """The same as :func:`feed_forward` in plain PyTorch."""
+    hidden = ACTIVATIONS[activation](F.linear(norm_ref(x, norm), w1, b1))
+    return gated(x if residual else None, gate, F.linear(hidden, w2, b2))
+
+
+# ------------------------------------------------------------------------------------------------ fused
+torch.library.define(
+    "fastflow::feed_forward",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation, Tensor? scale, Tensor? shift, "
+    "float? eps, Tensor? gate, bool residual, bool save_hidden) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastflow::activation_backward", "(Tensor grad, Tensor hidden, int activation) -> (Tensor, Tensor)"
+)
+
+
+@torch.library.register_fake("fastflow::feed_forward")
+def _(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden):  # type: ignore[no-untyped-def]
+    batch, frames, _ = x.shape
+    hidden = x.new_empty(batch if save_hidden else 0, frames, w1.shape[0])
+    return x.new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
+
+
+@torch.library.register_fake("fastflow::activation_backward")
+def _(grad, hidden, activation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(hidden), torch.empty_like(hidden)
+
+
+_feed_forward = torch.ops.fastflow.feed_forward.default
+
+
+class FeedForwardFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual):  # type: ignore[no-untyped-def]
+        return _feed_forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        *tensors, ctx.activation, ctx.eps, ctx.residual = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+        stats, hidden, *tensors = ctx.saved_tensors
+        x, w1, b1, w2, b2, scale, shift, gate = tensors
+        needs = ctx.needs_input_grad
+        with torch.autocast(x.device.type, enabled=False):
+            grad, factors, normalised = wide(grad_out), None if gate is None else wide(gate), wide(x)
+            grad_y = grad if factors is None else grad * factors[:, None]
+            activated, grad_hidden = torch.ops.fastflow.activation_backward(
+                (grad_y @ wide(w2)).contiguous(), wide(hidden), ctx.activation
+            )
+            second = first = grad_x = grad_scale = grad_shift = None
+            if needs[3] or needs[4] or needs[7]:
+                second = weight_gradients(grad, activated, wide(w2), None if b2 is None else wide(b2), factors)
+            if needs[0] or ctx.eps is not None:
+                grad_x = grad_hidden @ wide(w1)
+            if ctx.eps is not None:
+                beside = grad if ctx.residual else None
+                grad_x, normalised, grad_scale, grad_shift = norm_backward(
+                    grad_x, normalised, stats, scale, shift, beside
+                )
+            elif grad_x is not None and ctx.residual:
+                grad_x = grad_x + grad
+            if needs[1] or needs[2]:
+                first = weight_gradients(grad_hidden, normalised)
+        return (
+            to_input(grad_x, x),
+            *((to_input(first.weight, w1), to_input(first.bias, b1)) if first else (None, None)),
+            *((to_input(second.weight, w2), to_input(second.bias, b2)) if second else (None, None)),
+            grad_scale,
+            grad_shift,
+            to_input(second.gate, gate) if second else None,
+            None,
+            None,
+            None,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ public
+def _check(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    activation: str,
+    norm: Norm | None,
+    gate: Tensor | None,
+    residual: bool,
+) -> None:
+    """Validate the arguments without reading memory."""
+    check_signal(x)
+    batch, _, channels = x.shape
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    if w1.dim() != 2 or w1.shape[1] != channels or w1.shape[0] == 0:
+        raise ValueError(f"w1 must have shape [H, {channels}] with H > 0, got {list(w1.shape)}")
+    hidden = w1.shape[0]
+    if w2.dim() != 2 or w2.shape[1] != hidden:
+        raise ValueError(f"w2 must have shape [N, {hidden}], got {list(w2.shape)}")
+    if residual and w2.shape[0] != channels:
+        raise ValueError(f"with a residual, w2 must have shape {[channels, hidden]}, got {list(w2.shape)}")
+    if gate is not None and not residual:
+        raise ValueError("gate needs residual=True")
+    shapes = {
+        "w1": (hidden, channels), "b1": (hidden,), "w2": tuple(w2.shape), "b2": (w2.shape[0],),
+        "gate": (batch, channels),
+    }  # fmt: skip
+    check_like(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate}, shapes)
+    check_norm(x, norm)
+
+
+def feed_forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    activation: str,
+    norm: Norm | None = None,
+    gate: Tensor | None = None,
+    residual: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """The feed-forward layer at the top of this file in one pass over the frames.
+
+    Under autocast the products have the dtype of autocast, and residual and result keep that of x.
+
+    Args:
+        x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
+        w1, b1: ``[H, C]`` and ``[H]`` or None, of the first linear layer.
+        w2, b2: ``[N, H]`` and ``[N]`` or None, of the second; N = C with a residual.
+        activation: ``gelu`` (with erf), ``gelu_tanh`` or ``silu``.
+        norm: applied to x first.
+        gate: ``[B, C]``, factors of the result; needs a residual.
+        residual: whether x is added to the result.
+        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+
+    Returns:
+        ``[B, T, N]`` of the dtype of x.  Norm, activation and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: arguments that do not fit, by name.
+        RuntimeError: the chosen backend cannot run here, with the reason.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            y = feed_forward(
+                x.to(dtype), w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
+                norm=cast_norm(norm, dtype), residual=False, backend=backend,
+            )  # fmt: skip
+            return gated(x if residual else None, gate, y)
+    _check(x, w1, b1, w2, b2, activation, norm, gate, residual)
+    chosen = _backend.select("feed_forward", x, DTYPES, backend)
+    if chosen == "reference":
+        return feed_forward_ref(x, w1, b1, w2, b2, activation=activation, norm=norm, gate=gate, residual=residual)
+    scale, shift, eps = (None, None, None) if norm is None else norm
+    tensors = (x, w1, b1, w2, b2, scale, shift, gate)
+    number = _NUMBERS[activation]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return FeedForwardFunction.apply(*tensors, number, eps, residual)[0]
+    return _feed_forward(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False)[0]

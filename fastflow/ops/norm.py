@@ -1,0 +1,136 @@
+"""The normalisation over channels with which :func:`projection` and :func:`feed_forward` begin.
+
+``(x - mean) / sqrt(variance + eps) * scale + shift``: LayerNorm (Ba et al. 2016) with scale and shift ``[C]``; with
+``[B, C]``, one of each for every row, the adaptive form of DiT (Peebles and Xie 2023), whose scale is ``1 + s``.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastflow.backend import FLOATS
+
+
+class Norm(NamedTuple):
+    """``scale`` and ``shift``: ``[C]`` or ``[B, C]``, None for 1 and 0; ``eps`` is added to the variance."""
+
+    scale: Tensor | None
+    shift: Tensor | None
+    eps: float
+
+
+def norm_ref(x: Tensor, norm: Norm | None) -> Tensor:
+    """The norm of x ``[B, T, C]`` in plain PyTorch; x itself without one."""
+    if norm is None:
+        return x
+    scale, shift, eps = norm
+    if all(p is None or p.dim() == 1 for p in (scale, shift)):
+        return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
+    x = F.layer_norm(x, x.shape[-1:], eps=eps)
+    if scale is not None:
+        x = x * (scale[:, None] if scale.dim() == 2 else scale)
+    if shift is not None:
+        x = x + (shift[:, None] if shift.dim() == 2 else shift)
+    return x
+
+
+def gated(x: Tensor | None, gate: Tensor | None, y: Tensor) -> Tensor:
+    """``x + gate[:, None] * y``, without what is None."""
+    y = y if gate is None else gate[:, None] * y
+    return y if x is None else x + y
+
+
+# ------------------------------------------------------------------------------------------------ checks
+def check_signal(x: Tensor) -> None:
+    if x.dim() != 3 or x.shape[2] == 0 or x.dtype not in FLOATS:
+        raise ValueError(f"x must have shape [B, T, C] with C > 0 and a floating dtype, got {list(x.shape)} {x.dtype}")
+
+
+def check_like(x: Tensor, tensors: Mapping[str, Tensor | None], shapes: Mapping[str, tuple]) -> None:
+    """Every tensor that is given has its shape, and the dtype and the device of x."""
+    for name, t in tensors.items():
+        if t is None:
+            continue
+        if tuple(t.shape) != tuple(shapes[name]):
+            raise ValueError(f"{name} must have shape {list(shapes[name])}, got {list(t.shape)}")
+        if t.dtype != x.dtype or t.device != x.device:
+            raise ValueError(f"{name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}")
+
+
+def check_norm(x: Tensor, norm: Norm | None) -> None:
+    if norm is None:
+        return
+    batch, _, channels = x.shape
+    for name, p in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
+        if p is not None and p.dim() == 1:
+            check_like(x, {name: p}, {name: (channels,)})
+        elif p is not None and tuple(p.shape) != (batch, channels):
+            raise ValueError(f"{name} must have shape [{channels}] or {[batch, channels]}, got {list(p.shape)}")
+        else:
+            check_like(x, {name: p}, {name: (batch, channels)})
+    if not norm.eps >= 0:
+        raise ValueError(f"norm.eps must be >= 0, got {norm.eps}")
+
+
+# ------------------------------------------------------------------------------------------------ backward
+def wide(x: Tensor) -> Tensor:
+    """In the dtype in which sums are formed: float64 for float64, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def sum_frames(x: Tensor, like: Tensor) -> Tensor:
+    """Per-row sums ``[B, C]`` -> the gradient of ``like``, which is ``[B, C]`` or ``[C]``."""
+    return (x if like.dim() == 2 else x.sum(0)).to(like.dtype)
+
+
+torch.library.define(
+    "fastflow::norm_backward",
+    "(Tensor grad, Tensor x, Tensor stats, Tensor? scale, Tensor? shift, Tensor? grad_residual) -> "
+    "(Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake("fastflow::norm_backward")
+def _(grad, x, stats, scale, shift, grad_residual):  # type: ignore[no-untyped-def]
+    batch, frames, channels = x.shape
+    return torch.empty_like(x), torch.empty_like(x), x.new_empty(batch, (frames + 63) // 64, 2, channels)
+
+
+_norm_backward = torch.ops.fastflow.norm_backward.default
+
+
+class NormBackward(NamedTuple):
+    """What :func:`norm_backward` finds: the gradient of x, the normalised x, and the gradients of scale and shift."""
+
+    grad_x: Tensor
+    normalised: Tensor
+    grad_scale: Tensor | None
+    grad_shift: Tensor | None
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    grad_residual: Tensor | None = None,
+) -> NormBackward:
+    """One pass over the frames: the norm again, from its saved mean and deviation, and its gradients.
+
+    Args:
+        grad: of the normalised x, ``[B, T, C]``, float32 or float64, like ``x`` and ``grad_residual``.
+        x: the input of the norm.
+        stats: ``[2, B, T]``, mean and 1 / deviation.
+        scale, shift: of the norm, in their own dtype.
+        grad_residual: what reaches x beside the norm.
+    """
+    factors = [None if p is None else wide(p) for p in (scale, shift)]
+    beside = None if grad_residual is None else grad_residual.contiguous()
+    grad_x, normalised, sums = _norm_backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
+    sums = sums.sum(1)
+    grad_scale, grad_shift = (None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift)))
+    return NormBackward(grad_x, normalised, grad_scale, grad_shift)

@@ -1,0 +1,221 @@
+"""One or several linear layers of the same input as one product, from the norm before it to the residual after it:
+
+    y = norm(x) @ concatenation(weights).T + concatenation(biases)
+    y,  residual + y,  or  residual + gate[:, None] * y
+
+Saved for the backward pass: x, mean and deviation of each frame, the weights; neither the normalised x nor y.  With
+``G_b = grad_b.T @ norm(x)_b`` the gradient of the weight is ``sum_b gate_b * G_b`` and that of the gate of row b
+``(weight * G_b).sum(1) + bias * sum_t grad_b``.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastflow import backend as _backend
+from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
+
+DTYPES = {"cpu": _backend.FLOATS}
+
+
+def projection_ref(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """The same as :func:`projection` in plain PyTorch."""
+    x = norm_ref(x, norm)
+    parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return gated(residual, gate, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+
+# ------------------------------------------------------------------------------------------------ fused
+torch.library.define(
+    "fastflow::projection",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? scale, Tensor? shift, float? eps, Tensor? residual, "
+    "Tensor? gate) -> (Tensor, Tensor)",
+)
+
+
+def fake_stats(x: Tensor, eps: float | None) -> Tensor:
+    return x.new_empty((0 if eps is None else 2, *x.shape[:2]), dtype=wide(x.new_empty(0)).dtype)
+
+
+@torch.library.register_fake("fastflow::projection")
+def _(x, weights, biases, scale, shift, eps, residual, gate):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
+
+
+_projection = torch.ops.fastflow.projection.default
+
+
+class WeightGradients(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    gate: Tensor | None
+
+
+def weight_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None
+) -> WeightGradients:
+    """Of ``gate[:, None] * (x @ weight.T + bias)``, without a gate where it is None, which needs no weight either."""
+    if gate is None:
+        grad = grad.flatten(0, 1)
+        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0), None)
+    assert weight is not None
+    products, sums = grad.transpose(1, 2) @ x, grad.sum(1)
+    grad_gate = (products * weight).sum(2)
+    if bias is not None:
+        grad_gate += sums * bias
+    return WeightGradients((products * gate[:, :, None]).sum(0), (sums * gate).sum(0), grad_gate)
+
+
+def to_input(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """A gradient in the dtype of what it belongs to; None for what is not there."""
+    return None if grad is None or x is None else grad.to(x.dtype)
+
+
+class ProjectionFunction(torch.autograd.Function):
+    """``tensors``: ``count`` weights, then their biases."""
+
+    @staticmethod
+    def forward(x, scale, shift, eps, residual, gate, count, *tensors):  # type: ignore[no-untyped-def]
+        return _projection(x, tensors[:count], tensors[count:], scale, shift, eps, residual, gate)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        x, scale, shift, ctx.eps, _, gate, ctx.count, *tensors = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1], scale, shift, gate, *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+        x, stats, scale, shift, gate, *tensors = ctx.saved_tensors
+        weights, biases = tensors[: ctx.count], tensors[ctx.count :]
+        needs = ctx.needs_input_grad
+        needs_weights = any(needs[5:])
+        with torch.autocast(x.device.type, enabled=False):
+            grad, factors, weight = wide(grad_out), None if gate is None else wide(gate), wide(_joined(weights))
+            normalised, grad_x, grad_scale, grad_shift = wide(x), None, None, None
+            if needs[0] or ctx.eps is not None:
+                grad_y = grad if factors is None else grad * factors[:, None]
+                grad_x = grad_y @ weight
+            if ctx.eps is not None:
+                grad_x, normalised, grad_scale, grad_shift = norm_backward(grad_x, normalised, stats, scale, shift)
+            grads = [None] * len(tensors)
+            grad_gate = None
+            if needs_weights:
+                sizes = [w.shape[0] for w in weights]
+                bias = None if gate is None else _joined_biases(biases, weights)
+                found = weight_gradients(grad, normalised, weight, bias, factors)
+                grads = [*found.weight.split(sizes), *found.bias.split(sizes)]
+                grads = [to_input(g, t) for g, t in zip(grads, tensors, strict=True)]
+                grad_gate = to_input(found.gate, gate)
+        grad_residual = grad_out if needs[4] else None
+        return to_input(grad_x, x), grad_scale, grad_shift, None, grad_residual, grad_gate, None, *grads
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    return weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
+
+
+def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    parts = [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
+    return wide(_joined(parts))
+
+
+def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
+
+
+def cast_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
+    return None if norm is None else Norm(cast(norm.scale, dtype), cast(norm.shift, dtype), norm.eps)
+
+
+# ------------------------------------------------------------------------------------------------ public
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Norm | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+) -> None:
+    """Validate the arguments without reading memory."""
+    check_signal(x)
+    batch, frames, channels = x.shape
+    if not len(weights) or len(weights) != len(biases):
+        raise ValueError(f"weights and biases must be as many, at least one; got {len(weights)} and {len(biases)}")
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.dim() != 2 or weight.shape[1] != channels:
+            raise ValueError(f"weights[{i}] must have shape [N, {channels}], got {list(weight.shape)}")
+        rows = weight.shape[0]
+        check_like(x, {f"weights[{i}]": weight}, {f"weights[{i}]": (rows, channels)})
+        check_like(x, {f"biases[{i}]": bias}, {f"biases[{i}]": (rows,)})
+    check_norm(x, norm)
+    width = sum(weight.shape[0] for weight in weights)
+    if gate is not None and residual is None:
+        raise ValueError("gate needs a residual")
+    shapes = {"residual": (batch, frames, width), "gate": (batch, width)}
+    check_like(x, {"residual": residual, "gate": gate}, shapes)
+
+
+def projection(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Norm, linear layers, gate and residual as at the top of this file, in one pass over the frames.
+
+    Under autocast the product has the dtype of autocast, and residual and result keep that of the residual.
+
+    Args:
+        x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
+        weights: ``[N_i, C]`` each, as ``nn.Linear`` has them.
+        biases: ``[N_i]`` or None for each weight.
+        norm: applied to x first.
+        residual: ``[B, T, N]`` with N the sum of the N_i, added to the result.
+        gate: ``[B, N]``, factors of the result; needs a residual.
+        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+
+    Returns:
+        ``[B, T, N]`` of the dtype of x.  Norm and sums are float32 (float64 for float64).
+
+    Raises:
+        ValueError: arguments that do not fit, by name.
+        RuntimeError: the chosen backend cannot run here, with the reason.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, enabled=False):
+            y = projection(
+                x.to(dtype), [w.to(dtype) for w in weights], [cast(b, dtype) for b in biases],
+                norm=cast_norm(norm, dtype), backend=backend,
+            )  # fmt: skip
+            return gated(residual, gate, y)
+    _check(x, weights, biases, norm, residual, gate)
+    chosen = _backend.select("projection", x, DTYPES, backend)
+    if chosen == "reference":
+        return projection_ref(x, weights, biases, norm=norm, residual=residual, gate=gate)
+    scale, shift, eps = (None, None, None) if norm is None else norm
+    given = (x, scale, shift, residual, gate, *weights, *biases)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        function = ProjectionFunction.apply
+        return function(x, scale, shift, eps, residual, gate, len(weights), *weights, *biases)[0]
+    return _projection(x, weights, biases, scale, shift, eps, residual, gate)[0]
