@@ -134,12 +134,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None) -> Tensor:
         """``x + gate * feed_forward(norm(x))``."""
-        project: Any = self.ff[0]
-        inner, dropout, outer = project[0], self.ff[1], self.ff[2]
-        weights: Any = inner.weight, inner.bias, outer.weight, outer.bias
+        layers: Any = self.ff
+        inner, dropout, outer = layers[0][0], layers[1], layers[2]
         if active(dropout):
             h = dropout(F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm), approximate="tanh"))
-            return projection(h, [outer.weight], [outer.bias], residual=x, gate=gate)  # type: ignore[list-item]
+            return projection(h, [outer.weight], [outer.bias], residual=x, gate=gate)
+        weights = inner.weight, inner.bias, outer.weight, outer.bias
         return feed_forward(x, *weights, activation="gelu_tanh", norm=norm, gate=gate)
 
 

@@ -1,6 +1,7 @@
 """``fastflow doctor``: what is installed, which backends can run and which not and why, and whether they are right."""
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -15,9 +16,25 @@ from torch import Tensor
 
 import fastflow
 from fastflow import backend as _backend
-from fastflow.ops import RelativePosition, attention, attention_ref, interpolate, interpolate_ref
+from fastflow.ops import (
+    Norm,
+    RelativePosition,
+    attention,
+    attention_ref,
+    conv_block,
+    conv_block_ref,
+    feed_forward,
+    feed_forward_ref,
+    interpolate,
+    interpolate_ref,
+    projection,
+    projection_ref,
+)
 from fastflow.ops.attention import DTYPES as ATTENTION_DTYPES
+from fastflow.ops.conv_block import DTYPES as CONV_BLOCK_DTYPES
+from fastflow.ops.feed_forward import DTYPES as FEED_FORWARD_DTYPES
 from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
+from fastflow.ops.projection import DTYPES as PROJECTION_DTYPES
 from fastflow.testing import interpreter
 from fastflow.testing.tolerances import assert_parity
 
@@ -83,7 +100,7 @@ def _check(run: Call, reference: Call, tensors: dict[str, Tensor], case: str, su
     def results(function: Call, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Tensor]:
         leaves = [x.to(rounded).to(dtype).requires_grad_() for x in tensors.values()]
         out = function(*leaves)
-        grad = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape).to(rounded).to(dtype)
+        grad = torch.linspace(-1, 2, out.numel(), device=out.device).view(out.shape).to(rounded).to(dtype)
         grads = torch.autograd.grad(out, leaves, grad)
         return {"out": out.detach(), **{f"gradient of {n}": g for n, g in zip(tensors, grads, strict=True)}}
 
@@ -131,6 +148,33 @@ def _test_attention(backend: str, device: str) -> None:
         )
 
 
+def _test_projection(backend: str, device: str) -> None:
+    tensors = _randn(device, x=(2, 19, 24), weight=(40, 24), bias=(40,), residual=(2, 19, 40), scale=(24,), shift=(24,))
+
+    def call(function: Call, x: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor, **where: str) -> Tensor:
+        residual, scale, shift = rest
+        return function(x, [weight], [bias], norm=Norm(scale, shift, 1e-5), residual=residual, **where)
+
+    run = functools.partial(call, projection, backend=backend)
+    _check(run, functools.partial(call, projection_ref), tensors, "projection", sums=(24, 40, 38))
+
+
+def _test_feed_forward(backend: str, device: str) -> None:
+    tensors = _randn(device, x=(2, 19, 24), w1=(48, 24), b1=(48,), w2=(24, 48), b2=(24,))
+    run = functools.partial(feed_forward, activation="gelu", backend=backend)
+    reference = functools.partial(feed_forward_ref, activation="gelu")
+    _check(run, reference, tensors, "feed_forward", sums=(24, 48, 38))
+
+
+def _test_conv_block(backend: str, device: str) -> None:
+    tensors = _randn(device, x=(2, 19, 24), weight=(32, 24, 3), bias=(32,), norm_weight=(32,), norm_bias=(32,))
+    for rule in ({"groups": 8}, {"causal": True}):
+        options: dict[str, Any] = {"lengths": torch.tensor([11, 19], device=device), **rule}
+        run = functools.partial(conv_block, **options, backend=backend)
+        reference = functools.partial(conv_block_ref, **options)
+        _check(run, reference, tensors, "conv_block", sums=(72, 32, 38, 152))
+
+
 class Op(NamedTuple):
     """The dtypes of an op's kernels by backend, and its self-test on a backend and a device."""
 
@@ -138,7 +182,13 @@ class Op(NamedTuple):
     test: Callable[[str, str], None]
 
 
-OPS = {"interpolate": Op(INTERPOLATE_DTYPES, _test_interpolate), "attention": Op(ATTENTION_DTYPES, _test_attention)}
+OPS = {
+    "interpolate": Op(INTERPOLATE_DTYPES, _test_interpolate),
+    "attention": Op(ATTENTION_DTYPES, _test_attention),
+    "projection": Op(PROJECTION_DTYPES, _test_projection),
+    "feed_forward": Op(FEED_FORWARD_DTYPES, _test_feed_forward),
+    "conv_block": Op(CONV_BLOCK_DTYPES, _test_conv_block),
+}
 
 
 def _self_test(op: str, backend: str) -> dict[str, Any]:

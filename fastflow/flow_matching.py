@@ -144,7 +144,8 @@ class ConditionalCFM(nn.Module):
         rate = self.inference_cfg_rate
         times, steps = euler_grid(t_span)
         # What depends on the time alone is computed for all steps at once.
-        table = self.estimator.time_table(times.to(spks.dtype)) if hasattr(self.estimator, "time_table") else None
+        time_table: Any = getattr(self.estimator, "time_table", None)
+        table = None if time_table is None else time_table(times.to(spks.dtype))
         for n, (t, dt) in enumerate(zip(times.unbind(), steps.unbind(), strict=True)):
             x2 = x.to(spks.dtype).repeat(2, 1, 1)
             known = {} if table is None else {"time": [part[n].expand(2 * batch, -1) for part in table]}

@@ -1,5 +1,7 @@
 """The length regulator of CosyVoice 1: encoder frames at the token rate become mel frames."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -75,7 +77,8 @@ class InterpolateRegulator(nn.Module):
 
     def _convolve(self, x: Tensor) -> Tensor:
         """``[B, T, channels]`` -> ``[B, T, out_channels]``."""
-        *blocks, last = self.model
+        layers: Any = self.model
+        *blocks, last = layers
         for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
             x = conv_block(x, conv.weight, conv.bias, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
         return projection(x, [last.weight[:, :, 0]], [last.bias])

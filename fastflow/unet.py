@@ -138,8 +138,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """``x + feed_forward(norm(x))``."""
-        inner: Any = self.net[0].proj
-        dropout, outer = self.net[1], self.net[2]
+        layers: Any = self.net
+        inner, dropout, outer = layers[0].proj, layers[1], layers[2]
         if active(dropout):
             h = F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm))
             return projection(dropout(h), [outer.weight], [outer.bias], residual=x)
