@@ -313,6 +313,16 @@ def test_autocast(dtype, backend, device):
         torch.testing.assert_close(got[name] / scale, want[name] / scale, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
+def test_autocast_normalises_in_float32(backend, device):
+    x, w1, w2 = 1000 + torch.randn(2, 7, 16), torch.randn(24, 16), torch.randn(16, 24)
+    x, w1, w2 = x.to(device), w1.to(device), w2.to(device)
+    rule = {"activation": "gelu", "norm": Norm(None, None, 1e-5), "residual": False}
+    with torch.autocast(device.type, torch.bfloat16):
+        got = feed_forward(x, w1, None, w2, None, **rule, backend=backend)
+    want = feed_forward_ref(x, w1, None, w2, None, **rule)
+    torch.testing.assert_close(got.float() / want.abs().max(), want / want.abs().max(), rtol=0, atol=0.03)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 X, W1, B1, W2, B2 = torch.zeros(2, 5, 8), torch.zeros(6, 8), torch.zeros(6), torch.zeros(8, 6), torch.zeros(8)
 BAD_INPUT = {

@@ -310,6 +310,15 @@ def test_autocast(dtype, backend, device):
         torch.testing.assert_close(got[name] / scale, want[name] / scale, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
+def test_autocast_normalises_in_float32(backend, device):
+    x, weight = 1000 + torch.randn(2, 7, 16, device=device), torch.randn(8, 16, device=device)
+    norm = Norm(None, None, 1e-5)
+    with torch.autocast(device.type, torch.bfloat16):
+        got = projection(x, [weight], [None], norm=norm, backend=backend)
+    want = projection_ref(x, [weight], [None], norm=norm)
+    torch.testing.assert_close(got.float() / want.abs().max(), want / want.abs().max(), rtol=0, atol=0.02)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 X, W, BIAS, ROW, OUT = torch.zeros(2, 5, 8), torch.zeros(6, 8), torch.zeros(6), torch.zeros(2, 6), torch.zeros(2, 5, 6)
 BAD_INPUT = {

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
 from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
-from fastflow.ops.projection import cast, cast_norm, fake_stats, to_input, weight_gradients
+from fastflow.ops.projection import cast, fake_stats, to_input, weight_gradients
 
 DTYPES = {"cpu": _backend.FLOATS}
 ACTIVATIONS = {
@@ -167,7 +167,7 @@ def feed_forward(
 ) -> Tensor:
     """The feed-forward layer at the top of this file in one pass over the frames.
 
-    Under autocast the products have the dtype of autocast, and residual and result keep that of x.
+    Under autocast the norm is float32, the products have the dtype of autocast, and the result that of x.
 
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
@@ -188,10 +188,11 @@ def feed_forward(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+        normal = norm_ref(x, norm).to(dtype)  # autocast normalises in float32
         with torch.autocast(x.device.type, enabled=False):
             y = feed_forward(
-                x.to(dtype), w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
-                norm=cast_norm(norm, dtype), residual=False, backend=backend,
+                normal, w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
+                residual=False, backend=backend,
             )  # fmt: skip
             return gated(x if residual else None, gate, y)
     _check(x, w1, b1, w2, b2, activation, norm, gate, residual)

@@ -139,10 +139,6 @@ def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
 
 
-def cast_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
-    return None if norm is None else Norm(cast(norm.scale, dtype), cast(norm.shift, dtype), norm.eps)
-
-
 # ------------------------------------------------------------------------------------------------ public
 def _check(
     x: Tensor,
@@ -183,7 +179,7 @@ def projection(
 ) -> Tensor:
     """Norm, linear layers, gate and residual as at the top of this file, in one pass over the frames.
 
-    Under autocast the product has the dtype of autocast, and residual and result keep that of the residual.
+    Under autocast the norm is float32, the product has the dtype of autocast, and the result that of the residual.
 
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
@@ -203,11 +199,9 @@ def projection(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
+        x = norm_ref(x, norm).to(dtype)  # autocast normalises in float32
         with torch.autocast(x.device.type, enabled=False):
-            y = projection(
-                x.to(dtype), [w.to(dtype) for w in weights], [cast(b, dtype) for b in biases],
-                norm=cast_norm(norm, dtype), backend=backend,
-            )  # fmt: skip
+            y = projection(x, [w.to(dtype) for w in weights], [cast(b, dtype) for b in biases], backend=backend)
             return gated(residual, gate, y)
     _check(x, weights, biases, norm, residual, gate)
     chosen = _backend.select("projection", x, DTYPES, backend)
