@@ -43,10 +43,10 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
-    "attention_forward_kernel": Ceiling(registers=255, shared=64 * KIB),
-    "attention_backward_q_kernel": Ceiling(registers=255, shared=64 * KIB),
+    "attention_forward_kernel": Ceiling(registers=240, shared=96 * KIB),
+    "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
     "attention_backward_kv_kernel": Ceiling(registers=255, shared=96 * KIB),
-    "attention_backward_position_kernel": Ceiling(registers=255, shared=48 * KIB),
+    "attention_backward_position_kernel": Ceiling(registers=255, shared=32 * KIB),
 }
 
 
