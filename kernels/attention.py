@@ -30,18 +30,27 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # These change from call to call: a new value must not compile a new kernel.
 SIZES = ["queries", "keys", "chunk_size", "left_chunks", "key_offset", "threshold"]
 
-# Tiles by kernel and bytes of an element, then by padded head dimension: BLOCK_M and BLOCK_N, which the relative term
-# wants equal, or BLOCK; num_warps, num_stages.  Those of head dimension 64 need no stack on sm_80, sm_90 and sm_100 as
-# the models use them; float32 has no tensor cores here, and its products hold whole rows in registers.
+# Tiles by kernel and bytes of an element, then by the largest head dimension they are for: BLOCK_M and BLOCK_N, which
+# the relative term wants equal, or BLOCK; num_warps, num_stages.  They were chosen to need no stack, not by a
+# measurement of time: at head dimension 64 on sm_80, sm_90 and sm_100, at others on sm_90 without dropout.  Where the
+# tiles leave no registers for dropout, it has its own.
 CONFIGS: dict[tuple[str, int], dict[int, tuple[Any, int, int]]] = {
-    ("forward", 2): {64: ((64, 64), 4, 2), 128: ((64, 64), 8, 2), 256: ((64, 32), 8, 1)},
-    ("forward", 4): {64: ((32, 16), 8, 1), 128: ((16, 16), 8, 1), 256: ((16, 16), 8, 1)},
+    ("forward", 2): {64: ((64, 64), 4, 2), 128: ((64, 64), 8, 2), 256: ((64, 32), 8, 2)},
+    ("forward", 4): {64: ((32, 32), 4, 1), 128: ((16, 16), 8, 1), 256: ((16, 16), 8, 1)},
     ("relative_forward", 2): {64: ((32, 32), 4, 2), 128: ((32, 32), 4, 1), 256: ((16, 16), 4, 1)},
-    ("relative_forward", 4): {64: ((16, 16), 8, 1), 128: ((16, 16), 8, 1), 256: ((16, 16), 8, 1)},
-    ("backward", 2): {64: (64, 4, 2), 128: (32, 4, 1), 256: (32, 4, 1)},
-    ("backward", 4): {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
-    ("relative_backward", 2): {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
-    ("relative_backward", 4): {64: (16, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    ("relative_forward_dropout", 2): {64: ((32, 32), 4, 1), 128: ((32, 32), 4, 1), 256: ((16, 16), 4, 1)},
+    ("relative_forward", 4): {64: ((32, 32), 8, 1), 128: ((32, 32), 8, 1), 256: ((16, 16), 8, 2)},
+    ("backward_q", 2): {64: (64, 4, 2), 128: (32, 4, 1), 256: (32, 4, 1)},
+    ("backward_q", 4): {32: (16, 8, 1), 64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    ("relative_backward_q", 2): {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
+    ("relative_backward_q", 4): {64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 2)},
+    ("backward_kv", 2): {64: (64, 4, 2), 128: (32, 4, 1), 256: (16, 4, 1)},
+    ("backward_kv", 4): {64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    ("backward_kv_dropout", 2): {64: (32, 4, 2), 128: (32, 4, 1), 256: (16, 4, 1)},
+    ("relative_backward_kv", 2): {64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    ("relative_backward_kv", 4): {32: (16, 8, 1), 64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
+    ("backward_position", 2): {16: (16, 4, 1), 64: (32, 4, 1), 128: (32, 8, 1), 256: (16, 8, 1)},
+    ("backward_position", 4): {64: (32, 8, 1), 128: (16, 8, 1), 256: (16, 8, 1)},
 }
 
 # Rows of the batch are dealt to this many programs per head and diagonal for the gradient of the positions; the
@@ -51,11 +60,35 @@ SPLITS = 4
 
 # ------------------------------------------------------------------------------------------------ pieces
 @triton.jit
-def _dot(a, b):
+def _apart(x):
+    """x as a value of its own, at this place: the compiler neither computes it anew in the layout of every product
+    that takes it nor moves the work that makes it, either of which fills the registers."""
     if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
     else:
-        return tl.dot(a, b, input_precision="ieee")
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+
+
+@triton.jit
+def _add_product(x, a, b):
+    """x + a b.  In float32, where a product holds whole rows in registers, one is finished before the next begins."""
+    if INTERPRETED:
+        return x + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    elif a.dtype == tl.float32:
+        return _apart(tl.dot(a, b, x, input_precision="ieee"))
+    else:
+        return tl.dot(a, b, x)
+
+
+@triton.jit
+def _add_scores(x, a, b):
+    """x + a b^T, where a has further products to come.  float32 stores a in shared memory anew: else it would read
+    the rows of a before the barrier that the rows of b wait for, and hold all of them in registers."""
+    if a.dtype == tl.float32:
+        a = _apart(a)
+    return _add_product(x, a, tl.trans(b))
 
 
 @triton.jit
@@ -84,7 +117,7 @@ def _store(ptr, x, row, h, heads, frames, t, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 def _add_bias(q, bias_ptr, h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     bias = tl.load(bias_ptr + h * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-    return (q.to(tl.float32) + bias[None, :]).to(q.dtype)
+    return _apart((q.to(tl.float32) + bias[None, :]).to(q.dtype))
 
 
 @triton.jit
@@ -228,6 +261,7 @@ def attention_forward_kernel(
     length = _length(lengths_ptr, row, keys)
     first, stop = _keys_of(i, length, queries, chunk_size, left_chunks, key_offset, PADDED_QUERIES)
     begin, end = _range(first, stop, BLOCK_N)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     q_base = q_ptr + row * stride_qb + h * stride_qh
     k_base = k_ptr + row * stride_kb + h * stride_kh
@@ -239,21 +273,22 @@ def attention_forward_kernel(
         q = _add_bias(q, bias_u_ptr, h, HEAD_DIM, BLOCK_D)
         m = keys - key_offset - i0 - BLOCK_M + begin + tl.arange(0, BLOCK_N)
         p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-        low = _dot(q_v, tl.trans(p))
+        low = _add_scores(zeros, q_v, p)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest score so far
     total = tl.zeros([BLOCK_M], tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j0 in range(begin, end, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        k = _load(k_base, j, j < end, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
-        scores = _dot(q, tl.trans(k))
+        scores = zeros
         if position_ptr is not None:
             m = keys - key_offset - i0 - BLOCK_M + BLOCK_N + j
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            high = _dot(q_v, tl.trans(p))
-            scores += _shear(low, high, BLOCK_N)
+            high = _add_scores(zeros, q_v, p)
+            scores = _shear(low, high, BLOCK_N)
             low = high
+        k = _load(k_base, j, j < end, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+        scores = _add_scores(scores, q, k)
         visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
         scores = tl.where(visible, scores * (scale * LOG2_E), float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -266,7 +301,7 @@ def attention_forward_kernel(
                 _kept(seed_ptr, row_and_head, i, j0, threshold, BLOCK_N), probabilities * keep_scale, 0.0
             )
         v = _load(v_base, j, j < end, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
-        out = out * shrink[:, None] + _dot(probabilities.to(v.dtype), v)
+        out = _add_product(out * shrink[:, None], probabilities.to(v.dtype), v)
         top = new_top
 
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
@@ -336,6 +371,7 @@ def attention_backward_q_kernel(
     length = _length(lengths_ptr, row, keys)
     first, stop = _keys_of(i, length, queries, chunk_size, left_chunks, key_offset, PADDED_QUERIES)
     begin, end = _range(first, stop, BLOCK)
+    zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
 
     k_base = k_ptr + row * stride_kb + h * stride_kh
     v_base = v_ptr + row * stride_vb + h * stride_vh
@@ -355,38 +391,39 @@ def attention_backward_q_kernel(
         base = keys - key_offset - i0 - BLOCK + tl.arange(0, BLOCK)
         m = base + begin
         p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-        low = _dot(q_v, tl.trans(p))
+        low = _add_scores(zeros, q_v, p)
         ds_before = tl.zeros([BLOCK, BLOCK], q.dtype)
 
     grad_q = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     for j0 in range(begin, end, BLOCK):
         j = j0 + tl.arange(0, BLOCK)
-        k = _load(k_base, j, j < end, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
-        v = _load(v_base, j, j < end, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
-        scores = _dot(q, tl.trans(k))
+        scores = zeros
         if position_ptr is not None:
             m = base + j0 + BLOCK
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            high = _dot(q_v, tl.trans(p))
-            scores += _shear(low, high, BLOCK)
+            high = _add_scores(zeros, q_v, p)
+            scores = _shear(low, high, BLOCK)
             low = high
+        k = _load(k_base, j, j < end, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+        v = _load(v_base, j, j < end, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
+        scores = _add_scores(scores, q, k)
         visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
         _, ds = _probabilities_and_ds(
-            scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
+            scores * (scale * LOG2_E), _add_scores(zeros, grad, v), visible, lse, delta,
             seed_ptr, row_and_head, i, j0, threshold, keep_scale,
         )  # fmt: skip
-        grad_q += _dot(ds.to(k.dtype), k)
+        grad_q = _add_product(grad_q, ds.to(k.dtype), k)
         if position_ptr is not None:
             m = base + j0
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
             ds = _unshear(ds.to(p.dtype), BLOCK)
-            grad_q += _dot(_merge(ds, ds_before, BLOCK), p)
+            grad_q = _add_product(grad_q, _merge(ds, ds_before, BLOCK), p)
             ds_before = ds
 
     if position_ptr is not None:  # the high window of the last tile
         m = base + begin + tl.cdiv(end - begin, BLOCK) * BLOCK
         p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-        grad_q += _dot(_merge(tl.zeros_like(ds_before), ds_before, BLOCK), p)
+        grad_q = _add_product(grad_q, _merge(tl.zeros_like(ds_before), ds_before, BLOCK), p)
     _store(grad_q_ptr, grad_q * scale, row, h, heads, queries, i, HEAD_DIM, BLOCK_D)
 
 
@@ -449,6 +486,7 @@ def attention_backward_kv_kernel(
     length = _length(lengths_ptr, row, keys)
     start, until = _queries_of(j, length, queries, chunk_size, left_chunks, key_offset, PADDED_QUERIES)
     begin, end = _range(start, until, BLOCK)
+    zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
 
     q_base = q_ptr + row * stride_qb + h * stride_qh
     grad_base = grad_ptr + row * stride_gb + h * stride_gh
@@ -461,7 +499,6 @@ def attention_backward_kv_kernel(
         i = i0 + tl.arange(0, BLOCK)
         first, stop = _keys_of(i, length, queries, chunk_size, left_chunks, key_offset, PADDED_QUERIES)
         q = _load(q_base, i, first < stop, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
-        grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
         of_query = row_and_head.to(tl.int64) * queries + i
         lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0)
         delta = tl.load(delta_ptr + of_query, mask=first < stop, other=0.0)
@@ -471,19 +508,20 @@ def attention_backward_kv_kernel(
             q = _add_bias(q, bias_u_ptr, h, HEAD_DIM, BLOCK_D)
             m = keys - key_offset - i0 - BLOCK + j
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            low = _dot(q_v, tl.trans(p))
+            low = _add_scores(zeros, q_v, p)
             p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            scores = _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
-            scores += _dot(q, tl.trans(k))
+            scores = _shear(low, _add_scores(zeros, q_v, p), BLOCK)
+            scores = _add_product(scores, q, tl.trans(k))
         else:
-            scores = _dot(q, tl.trans(k))
+            scores = _add_product(zeros, q, tl.trans(k))
+        grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
         visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
         probabilities, ds = _probabilities_and_ds(
-            scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
+            scores * (scale * LOG2_E), _add_product(zeros, grad, tl.trans(v)), visible, lse, delta,
             seed_ptr, row_and_head, i, j0, threshold, keep_scale,
         )  # fmt: skip
-        grad_v += _dot(tl.trans(probabilities.to(grad.dtype)), grad)
-        grad_k += _dot(tl.trans(ds.to(q.dtype)), q)
+        grad_v = _add_product(grad_v, tl.trans(probabilities.to(grad.dtype)), grad)
+        grad_k = _add_product(grad_k, tl.trans(ds.to(q.dtype)), q)
         if position_ptr is not None:
             ds_sum += tl.sum(ds, 0)
 
@@ -564,6 +602,7 @@ def attention_backward_position_kernel(
     in_reach = (ahead - BLOCK < chunk_size - 1) & (-ahead - BLOCK < (left_chunks + 1) * chunk_size - 1)
 
     p_base = position_ptr + h * stride_ph
+    zeros = tl.zeros([BLOCK, BLOCK], tl.float32)
     grad_low = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     grad_high = tl.zeros([BLOCK, BLOCK_D], tl.float32)
     sum_low = tl.zeros([BLOCK], tl.float32)
@@ -587,9 +626,6 @@ def attention_backward_position_kernel(
             grad_base = grad_ptr + row * stride_gb + h * stride_gh
             _, seen = _range(first, stop, BLOCK)
             q = _load(q_base, i, first < stop, stride_qt, stride_qd, HEAD_DIM, BLOCK_D)
-            grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
-            k = _load(k_base, j, j < seen, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
-            v = _load(v_base, j, j < seen, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
             of_query = row_and_head.to(tl.int64) * queries + i
             lse = tl.load(lse_ptr + of_query, mask=first < stop, other=0.0)
             delta = tl.load(delta_ptr + of_query, mask=first < stop, other=0.0)
@@ -597,21 +633,24 @@ def attention_backward_position_kernel(
             q = _add_bias(q, bias_u_ptr, h, HEAD_DIM, BLOCK_D)
             m = keys - key_offset - i0 - BLOCK + j  # always the same; the windows are read anew to save registers
             p = _window(p_base, m, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            low = _dot(q_v, tl.trans(p))
+            low = _add_scores(zeros, q_v, p)
             p = _window(p_base, m + BLOCK, keys, stride_pm, stride_pd, HEAD_DIM, BLOCK_D)
-            scores = _shear(low, _dot(q_v, tl.trans(p)), BLOCK)
-            scores += _dot(q, tl.trans(k))
+            scores = _shear(low, _add_scores(zeros, q_v, p), BLOCK)
+            k = _load(k_base, j, j < seen, stride_kt, stride_kd, HEAD_DIM, BLOCK_D)
+            scores = _add_product(scores, q, tl.trans(k))
+            grad = _load(grad_base, i, first < stop, stride_gt, stride_gd, HEAD_DIM, BLOCK_D)
+            v = _load(v_base, j, j < seen, stride_vt, stride_vd, HEAD_DIM, BLOCK_D)
             visible = (j[None, :] >= first[:, None]) & (j[None, :] < stop[:, None])
             _, ds = _probabilities_and_ds(
-                scores * (scale * LOG2_E), _dot(grad, tl.trans(v)), visible, lse, delta,
+                scores * (scale * LOG2_E), _add_product(zeros, grad, tl.trans(v)), visible, lse, delta,
                 seed_ptr, row_and_head, i, j0, threshold, keep_scale,
             )  # fmt: skip
             ds = _unshear(ds.to(q.dtype), BLOCK)
             nothing = tl.zeros_like(ds)
             ds_low = _merge(ds, nothing, BLOCK)
             ds_high = _merge(nothing, ds, BLOCK)
-            grad_low += _dot(tl.trans(ds_low), q_v)
-            grad_high += _dot(tl.trans(ds_high), q_v)
+            grad_low = _add_product(grad_low, tl.trans(ds_low), q_v)
+            grad_high = _add_product(grad_high, tl.trans(ds_high), q_v)
             sum_low += tl.sum(ds_low.to(tl.float32), 0)
             sum_high += tl.sum(ds_high.to(tl.float32), 0)
 
@@ -632,9 +671,12 @@ def attention_backward_position_kernel(
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-def _config(kernel: str, q: Tensor) -> dict[str, int]:
+def _config(kernel: str, q: Tensor, seed: Tensor | None) -> dict[str, int]:
     block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    block, num_warps, num_stages = CONFIGS[kernel, q.element_size()][max(block_d, 64)]
+    by_width = CONFIGS[kernel, q.element_size()]
+    if seed is not None:
+        by_width = CONFIGS.get((f"{kernel}_dropout", q.element_size()), by_width)
+    block, num_warps, num_stages = by_width[min(width for width in by_width if width >= block_d)]
     blocks = {"BLOCK_M": block[0], "BLOCK_N": block[1]} if isinstance(block, tuple) else {"BLOCK": block}
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     return {"HEAD_DIM": q.shape[3], "BLOCK_D": block_d, **blocks, **options}
@@ -675,7 +717,7 @@ def _forward(
     out = _like_heads(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     if out.numel():
-        config = _config("relative_forward" if rel else "forward", q)
+        config = _config("relative_forward" if rel else "forward", q, seed)
         tensors, strides = _positions(rel)
         grid = (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], config["BLOCK_M"]),)
         with torch.cuda.device_of(q):
@@ -701,9 +743,10 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p, seed = rule
     batch, heads, queries, width = q.shape
-    config = _config("relative_backward" if rel else "backward", q)
-    block = config["BLOCK"]
-    tiles_q, tiles_k = triton.cdiv(queries, block), triton.cdiv(k.shape[2], block)
+    relative = "relative_" if rel else ""
+    of_q = _config(f"{relative}backward_q", q, seed)
+    of_kv = _config(f"{relative}backward_kv", q, seed)
+    tiles_q, tiles_k = triton.cdiv(queries, of_q["BLOCK"]), triton.cdiv(k.shape[2], of_kv["BLOCK"])
     lse = lse.contiguous()
     delta = q.new_empty(lse.shape, dtype=torch.float32)
     grad_q, grad_k, grad_v = _like_heads(q), _like_heads(k), _like_heads(v)
@@ -711,27 +754,29 @@ def _backward(
     inputs = (lse, q, k, v, *pointers, None if lengths is None else lengths.contiguous(), seed)
     strides = (*q.stride(), *k.stride(), *v.stride(), *strides)
     sizes = (heads, *_numbers(q, k, chunk_size, num_left_chunks, key_offset, scale, dropout_p))
-    options = {"PADDED_QUERIES": padded_queries, **config}
     grad_u = q.new_empty((batch, heads, tiles_k, width) if rel else 0, dtype=torch.float32)
     with torch.cuda.device_of(q):
         if grad_q.numel():
             attention_backward_q_kernel[(batch * heads * tiles_q,)](
-                grad_q, delta, grad, out, *inputs, *grad.stride(), *out.stride(), *strides, *sizes, **options
-            )
+                grad_q, delta, grad, out, *inputs, *grad.stride(), *out.stride(), *strides, *sizes,
+                PADDED_QUERIES=padded_queries, **of_q,
+            )  # fmt: skip
         if grad_k.numel():
             attention_backward_kv_kernel[(batch * heads * tiles_k,)](
-                grad_k, grad_v, grad_u, delta, grad, *inputs, *grad.stride(), *strides, *sizes, **options
-            )
+                grad_k, grad_v, grad_u, delta, grad, *inputs, *grad.stride(), *strides, *sizes,
+                PADDED_QUERIES=padded_queries, **of_kv,
+            )  # fmt: skip
         if not rel:
             return grad_q, grad_k, grad_v
         splits = min(batch, SPLITS)
-        diagonals = tiles_q + tiles_k - 1
+        of_position = _config("backward_position", q, seed)
+        diagonals = triton.cdiv(queries, of_position["BLOCK"]) + triton.cdiv(k.shape[2], of_position["BLOCK"]) - 1
         grad_position = q.new_zeros((2, splits, *rel[0].shape), dtype=torch.float32)
         grad_bias_v = q.new_empty((splits, heads, diagonals, width), dtype=torch.float32)
         if grad_q.numel():
             attention_backward_position_kernel[(splits * heads * diagonals,)](
                 grad_position, grad_bias_v, delta, grad, *inputs, *grad.stride(), *strides, batch, splits, *sizes,
-                **options,
+                PADDED_QUERIES=padded_queries, **of_position,
             )  # fmt: skip
     sums = grad_position.sum((0, 1)), grad_u.sum((0, 2)), grad_bias_v.sum((0, 2))
     return grad_q, grad_k, grad_v, *(x.to(q.dtype) for x in sums)

@@ -75,9 +75,16 @@ def tiles(monkeypatch):
     return choose
 
 
+@pytest.fixture
+def shipped_tiles():
+    """Leave the Triton kernels the tiles that they have on a GPU."""
+
+
 @pytest.fixture(autouse=True)
 def large_tiles_in_the_interpreter(request, tiles):
     """Whose time is that of the number of operations, whatever their size."""
+    if "shipped_tiles" in request.fixturenames:
+        return
     names = {"backend", "kernel_backend"} & set(request.fixturenames)
     if any(request.getfixturevalue(name) == "triton" for name in names) and _backend.triton_interprets:
         tiles(64)
@@ -138,6 +145,19 @@ def test_small_tiles(pattern, relative, backend, device, tiles):
         pytest.skip(f"backend {backend} has no choice of tiles")
     tiles(16)
     assert_right(*make(pattern, relative, device=device, heads=1), backend, f"attention {backend} {pattern}")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "relative"),
+    [(torch.float32, 32, True), (torch.bfloat16, 64, True), (torch.bfloat16, 256, False)],
+)
+def test_shipped_tiles(dtype, width, relative, shipped_tiles, backend, device):
+    """The tiles of the kernels differ, also from those that the next kernel has."""
+    if backend != "triton":
+        pytest.skip(f"backend {backend} has no choice of tiles")
+    pattern = {"lengths": [35], "chunk_size": 19, "num_left_chunks": 1, "dropout_p": 0.2}
+    case = make(pattern, relative, dtype, device, batch=1, heads=1, queries=45, width=width)
+    assert_right(*case, backend, f"attention {backend} shipped tiles {dtype} {width}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)

@@ -23,31 +23,20 @@ def kernels_in(path):
 
 
 @pytest.fixture(scope="module")
-def compilations():
-    """One process per architecture, without the interpreter, all at once."""
+def uses():
+    """What all kernels use, compiled in processes without the interpreter."""
     if not backends.has_triton:
         pytest.skip("not run: triton is not installed")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    processes = {
-        architecture: subprocess.Popen(
-            [sys.executable, "-m", "fastflow.testing.aot", str(architecture)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for architecture in aot.SHARED_MEMORY
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
+    command = [sys.executable, "-m", "fastflow.testing.aot", *map(str, aot.SHARED_MEMORY)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return [aot.Use(**json.loads(line)) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("architecture", aot.SHARED_MEMORY)
-def test_compiles_within_the_ceilings(architecture, compilations):
-    output, errors = compilations[architecture].communicate()
-    assert compilations[architecture].returncode == 0, errors
-    uses = [aot.Use(**json.loads(line)) for line in output.splitlines()]
+def test_compiles_within_the_ceilings(architecture, uses):
+    uses = [use for use in uses if use.architecture == architecture]
     assert {use.kernel for use in uses} == set(aot.CEILINGS)
     for use in uses:
         ceiling = aot.CEILINGS[use.kernel]
