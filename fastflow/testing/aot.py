@@ -99,7 +99,7 @@ def launch_attention() -> Iterator[str]:
     cases = [
         (64, torch.float16, 0.0),
         *itertools.product((64,), both, (0.0, 0.1)),
-        *itertools.product((16, 32, 128, 256), both, (0.0,)),
+        *itertools.product((32, 128), both, (0.0,)),
     ]
     for width, dtype, dropout_p in cases:
         x = _empty(batch, frames, heads, width, dtype=dtype).transpose(1, 2)
