@@ -5,6 +5,7 @@ Four backends exist: ``reference`` (plain PyTorch, any device), ``cpu`` (C++, cs
 :func:`use_backend` or by the environment variable ``FASTFLOW_BACKEND``, runs or raises with the reason.
 """
 
+import contextlib
 import importlib.util
 import os
 import threading
@@ -124,6 +125,13 @@ def can_run_triton(op: str, x: Tensor, dtypes: Dtypes, raise_error: bool = False
     if x.dtype not in dtypes.get("triton", ()):
         return _refuse(reason + f"it does not support {x.dtype}", raise_error)
     return True
+
+
+def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """What a reference computes in keeps its dtype, as in the kernels, even where autocast would change it."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 CAN_RUN = {

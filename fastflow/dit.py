@@ -246,7 +246,7 @@ class DiT(nn.Module):
         """
         x, mu = x.transpose(1, 2), mu.transpose(1, 2)
         cond = torch.zeros_like(x) if cond is None else cond.transpose(1, 2)
-        *modulations, last = self.time_table(t.expand(x.shape[0]) if t.dim() == 0 else t) if time is None else time
+        *modulations, last = self.time_table(t.expand(x.shape[0])) if time is None else time
         lengths = (mask[:, 0] > 0).sum(-1)
         chunk = self.static_chunk_size if streaming else 0
         x = self.input_embed(x, cond, mu, spks)

@@ -285,7 +285,7 @@ class ConditionalDecoder(nn.Module):
         Returns:
             ``[B, 80, T]``, zero at padded frames.
         """
-        biases = iter(self.time_table(t) if time is None else time)
+        biases = iter(self.time_table(t.expand(x.shape[0])) if time is None else time)
         parts = [x.transpose(1, 2), mu.transpose(1, 2)]
         if spks is not None:
             parts.append(spks[:, None].expand(-1, x.shape[2], -1))

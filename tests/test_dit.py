@@ -34,6 +34,12 @@ def test_rotation_touches_head_0_only_and_turns_neighbours() -> None:
     torch.testing.assert_close(after[..., 1], before[..., 1] * angle.cos() + before[..., 0] * angle.sin())
 
 
+@pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.3])])
+def test_one_time_holds_for_all_rows(t: torch.Tensor) -> None:
+    module, given = dit(), inputs(9, [9, 9])
+    torch.testing.assert_close(module(**{**given, "t": t}), module(**{**given, "t": t.expand(2)}))
+
+
 def test_channels_enter_as_x_cond_mu_speaker() -> None:
     module, given = dit(), inputs(5, [5])
     want = module(**given)

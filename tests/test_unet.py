@@ -39,6 +39,13 @@ def test_any_length_works_and_padding_is_zero(cls: type, frames: int) -> None:
     assert not y[1, :, max(frames // 2, 1) :].any()
 
 
+@pytest.mark.parametrize("cls", [ConditionalDecoder, CausalConditionalDecoder])
+@pytest.mark.parametrize("t", [torch.tensor(0.3), torch.tensor([0.3])])
+def test_one_time_holds_for_all_rows(cls: type, t: torch.Tensor) -> None:
+    module, given = unet(cls), inputs(9, [9, 7])
+    torch.testing.assert_close(module(**{**given, "t": t}), module(**{**given, "t": t.expand(2)}))
+
+
 def test_group_norm_sees_padding_as_upstreams_does() -> None:
     module, given = unet(), inputs(20, [20])
     wide = {k: torch.nn.functional.pad(x, (0, 7)) if x.dim() == 3 else x for k, x in given.items()}

@@ -17,7 +17,6 @@ over what was normalised together::
 which is not zero on padding that GroupNorm counts; nothing of size T is formed there, since y is the bias.
 """
 
-import contextlib
 from typing import Literal
 
 import torch
@@ -48,12 +47,6 @@ def _exact_group_norm(y: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, gro
     return normal * weight[:, None] + bias[:, None]
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def conv_block_ref(
     x: Tensor,
     weight: Tensor,
@@ -73,7 +66,7 @@ def conv_block_ref(
     if frames == 0:  # a convolution wants a frame
         x = F.pad(x, (0, 0, 0, 1))
     keep = None if lengths is None else length_mask(lengths, x.shape[1])[:, None]
-    with _no_autocast(x):
+    with _backend.no_autocast(x):
         x = x.transpose(1, 2)
         if keep is not None:
             x = x.masked_fill(~keep, 0.0)

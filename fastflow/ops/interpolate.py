@@ -16,7 +16,6 @@ The backward pass gathers: the gradient of input frame i sums the weights of the
 deterministic and needs no atomics.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -152,19 +151,12 @@ def _interpolate_shared(x: Tensor, segments: Sequence[tuple[int, int]], frames: 
     return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """F.interpolate keeps the dtype of x, as the kernels do, even where autocast would have it return float32."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
 def interpolate_ref(
     x: Tensor, segments: Segments, frames: int | None = None, *, channels_first: bool = False
 ) -> Tensor:
     """The same as :func:`interpolate` in plain PyTorch; shared segments go through ``F.interpolate`` itself."""
     total = _output_frames(segments, frames)
-    with _no_autocast(x):
+    with _backend.no_autocast(x):
         if isinstance(segments, Tensor):
             out = _interpolate_rows(x, segments, total).transpose(1, 2)
         else:
