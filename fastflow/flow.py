@@ -17,6 +17,7 @@ from torch import Tensor
 from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
 from fastflow.length_regulator import mel_frames
 from fastflow.ops.attention import length_mask
+from fastflow.recompute import Recomputing
 
 N_TIMESTEPS = 10
 
@@ -31,7 +32,7 @@ def _condition_prefixes(feat_len: Tensor) -> list[int]:
     return [0 if random.random() < 0.5 else random.randint(0, longest_prefix(frames)) for frames in feat_len.tolist()]
 
 
-class _Flow(nn.Module):
+class _Flow(Recomputing):
     """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls."""
 
     encoder: Any

@@ -8,6 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastflow.recompute import Recomputing
+
 CACHED_FRAMES = 34  # the mel overlap of CosyVoice 1's stream: 20 tokens at 50 Hz
 NOISE_FRAMES = 15000  # 300 s at 50 frames/s
 
@@ -40,7 +42,7 @@ def euler_grid(t_span: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([*times, t]), torch.stack([*steps, dt])
 
 
-class ConditionalCFM(nn.Module):
+class ConditionalCFM(Recomputing):
     """The flow-matching wrapper of CosyVoice 1.  It owns no parameters but the estimator's.
 
     Args:

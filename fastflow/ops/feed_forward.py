@@ -4,17 +4,21 @@
     y,  x + y,  or  x + gate[:, None] * y
 
 Saved for the backward pass: x, mean and deviation of each frame, and what goes into the activation, from which that is
-recomputed; without gradients not even this is written to memory.
+recomputed; without gradients not even this is written to memory.  With ``keep_hidden=False`` not this either: one
+product restores it.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
-from fastflow.ops.projection import cast, fake_stats, to_input, weight_gradients
+from fastflow.ops.projection import cast, fake_stats, product, to_input, weight_gradients
 
 DTYPES = {"cpu": _backend.FLOATS}
 ACTIVATIONS = {
@@ -70,12 +74,12 @@ _feed_forward = torch.ops.fastflow.feed_forward.default
 
 class FeedForwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual):  # type: ignore[no-untyped-def]
-        return _feed_forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, True)
+    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden):  # type: ignore
+        return _feed_forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, keep_hidden)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.activation, ctx.eps, ctx.residual = inputs
+        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.keep_hidden = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *tensors)
 
@@ -85,6 +89,8 @@ class FeedForwardFunction(torch.autograd.Function):
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
         needs = ctx.needs_input_grad
+        if not ctx.keep_hidden:
+            hidden = product(x, [w1], [b1], scale, shift, ctx.eps)
         with torch.autocast(x.device.type, enabled=False):
             grad, factors, normalised = wide(grad_out), None if gate is None else wide(gate), wide(x)
             grad_y = grad if factors is None else grad * factors[:, None]
@@ -112,9 +118,7 @@ class FeedForwardFunction(torch.autograd.Function):
             grad_scale,
             grad_shift,
             to_input(second.gate, gate) if second else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -163,6 +167,7 @@ def feed_forward(
     norm: Norm | None = None,
     gate: Tensor | None = None,
     residual: bool = True,
+    keep_hidden: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """The feed-forward layer at the top of this file in one pass over the frames.
@@ -177,6 +182,7 @@ def feed_forward(
         norm: applied to x first.
         gate: ``[B, C]``, factors of the result; needs a residual.
         residual: whether x is added to the result.
+        keep_hidden: whether the hidden layer is kept for the backward pass; False computes it again from x there.
         backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
 
     Returns:
@@ -192,16 +198,21 @@ def feed_forward(
         with torch.autocast(x.device.type, enabled=False):
             y = feed_forward(
                 normal, w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
-                residual=False, backend=backend,
+                residual=False, keep_hidden=keep_hidden, backend=backend,
             )  # fmt: skip
             return gated(x if residual else None, gate, y)
     _check(x, w1, b1, w2, b2, activation, norm, gate, residual)
     chosen = _backend.select("feed_forward", x, DTYPES, backend)
-    if chosen == "reference":
-        return feed_forward_ref(x, w1, b1, w2, b2, activation=activation, norm=norm, gate=gate, residual=residual)
     scale, shift, eps = (None, None, None) if norm is None else norm
     tensors = (x, w1, b1, w2, b2, scale, shift, gate)
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if chosen == "reference":
+        rule: dict[str, Any] = {"activation": activation, "norm": norm, "gate": gate, "residual": residual}
+        if records and not keep_hidden:
+            replay: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(feed_forward_ref, x, w1, b1, w2, b2, **replay, **rule)
+        return feed_forward_ref(x, w1, b1, w2, b2, **rule)
     number = _NUMBERS[activation]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return FeedForwardFunction.apply(*tensors, number, eps, residual)[0]
+    if records:
+        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden)[0]
     return _feed_forward(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False)[0]

@@ -57,6 +57,18 @@ def _(x, weights, biases, scale, shift, eps, residual, gate):  # type: ignore[no
 _projection = torch.ops.fastflow.projection.default
 
 
+def product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float | None,
+) -> Tensor:
+    """The fused op alone, for the backward pass of another."""
+    return _projection(x, weights, biases, scale, shift, eps, None, None)[0]
+
+
 class WeightGradients(NamedTuple):
     weight: Tensor
     bias: Tensor
