@@ -170,6 +170,7 @@ class ConditionalCFM(Recomputing):
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         streaming: bool = False,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The flow-matching loss: mean square of predicted minus true velocity over valid frames and channels.
 
@@ -183,17 +184,18 @@ class ConditionalCFM(Recomputing):
             spks: ``[B, 80]``.
             cond: ``[B, 80, T]`` known frames.
             streaming: as the estimator's.
+            generator: to draw from; None: torch's own on the device.
 
         Returns:
             The loss, and the noisy mel y ``[B, 80, T]``.
         """
         batch = mu.shape[0]
-        t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype)
-        z = torch.randn_like(x1)
+        t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype, generator=generator)
+        z = torch.empty_like(x1).normal_(generator=generator)
         y = (1 - (1 - self.sigma_min) * t) * z + t * x1
         u = x1 - (1 - self.sigma_min) * z
         if self.training_cfg_rate > 0:
-            keep = torch.rand(batch, device=x1.device) > self.training_cfg_rate
+            keep = torch.rand(batch, device=x1.device, generator=generator) > self.training_cfg_rate
             mu = mu * keep.view(-1, 1, 1)
             spks = None if spks is None else spks * keep.view(-1, 1)
             cond = None if cond is None else cond * keep.view(-1, 1, 1)

@@ -15,9 +15,17 @@ from fastflow.recompute import Recomputing
 EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
 
 
+MEL_RATE = 22050 / 256  # frames per second
+
+
 def mel_frames(tokens: int, frame_rate: float) -> int:
     """Mel frames (22.05 kHz, hop 256) of ``tokens`` at ``frame_rate`` per second; upstream's order of operations."""
     return int(tokens / frame_rate * 22050 / 256)
+
+
+def implied_frames(tokens: Tensor, frame_rate: float) -> Tensor:
+    """:func:`mel_frames` of every entry, int64."""
+    return (tokens.double() / frame_rate * 22050 / 256).long()
 
 
 class InterpolateRegulator(Recomputing):

@@ -24,11 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastflow import config
 from fastflow.backend import current_backend
 from fastflow.flow import N_TIMESTEPS
+from fastflow.length_regulator import MEL_RATE
 from fastflow.recompute import MODES, Block
 from fastflow.testing.counters import Counts, SavedTensors, current_module
 
 GUIDED_ROWS = 2  # with and without condition
-MEL_RATE_V1 = 22050 / 256  # frames per second
 ESTIMATOR = "decoder.estimator"
 ADAM_BYTES = 16  # of a parameter in float32: itself, its gradient, two moments
 USABLE = 0.9  # of a GPU's memory; the rest is for the CUDA context, workspaces and what fragmentation wastes
@@ -119,7 +119,7 @@ def _training_batch(flow: Any, rows: int, frames: int) -> dict[str, Tensor]:
             raise ValueError(f"frames must be a multiple of {flow.token_mel_ratio} for this flow, got {frames}")
         tokens = frames // flow.token_mel_ratio
     else:
-        tokens = max(1, round(frames / MEL_RATE_V1 * flow.input_frame_rate))
+        tokens = max(1, round(frames / MEL_RATE * flow.input_frame_rate))
     return {
         "speech_token": torch.zeros(rows, tokens, dtype=torch.int64),
         "speech_token_len": torch.full((rows,), tokens),
