@@ -191,7 +191,10 @@ class ConditionalCFM(Recomputing):
         """
         batch = mu.shape[0]
         t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype, generator=generator)
-        z = torch.empty_like(x1).normal_(generator=generator)
+        if generator is None:
+            z = torch.randn_like(x1)
+        else:
+            z = torch.randn(x1.shape, device=x1.device, dtype=x1.dtype, generator=generator)
         y = (1 - (1 - self.sigma_min) * t) * z + t * x1
         u = x1 - (1 - self.sigma_min) * z
         if self.training_cfg_rate > 0:
