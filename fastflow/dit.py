@@ -108,19 +108,20 @@ class Attention(Recomputing):
     def forward(
         self,
         x: Tensor,
-        norm: Norm,
+        norm: Norm | None,
         gate: Tensor | None,
         lengths: Tensor,
         chunk_size: int,
         rotary: tuple[Tensor, Tensor],
     ) -> Tensor:
         """``x + gate * attention(norm(x))``; padding holds arbitrary values."""
+        scale, shift, eps = (None, None, None) if norm is None else norm
         parts = (self.to_q, self.to_k, self.to_v)
         out = attend(
-            functools.partial(self._heads, norm.eps),
+            functools.partial(self._heads, eps),
             x,
-            norm.scale,
-            norm.shift,
+            scale,
+            shift,
             *rotary,
             *(part.weight for part in parts),
             *(part.bias for part in parts),
@@ -133,9 +134,17 @@ class Attention(Recomputing):
         return project_residual(x, out, last, self.to_out[1], gate)
 
     def _heads(
-        self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, *parts: Tensor
+        self,
+        eps: float | None,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *parts: Tensor,
     ) -> tuple[Tensor, ...]:
-        qkv = projection(x, parts[:3], parts[3:], norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
+        norm = None if eps is None else Norm(scale, shift, eps)
+        qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.heads, -1))
         return rotate_first_head(qkv, cos, sin).permute(2, 0, 3, 1, 4).unbind()
 
 
