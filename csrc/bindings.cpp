@@ -444,23 +444,54 @@ struct Stack {
   Weights weights() const { return {parts.data(), static_cast<int64_t>(parts.size()), rows, depth}; }
 };
 
-// The packed form of each stack; the panels of all are shared among the threads.
-void pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
+// A stack, its packed form if the caller keeps one, and where the kernel finds it.
+struct Packing {
+  const Stack& stack;
+  const OptionalTensor& kept;
+  const void*& packed;
+};
+
+// The kept form, if there is one and it belongs to these weights; of the others the panels are shared among the
+// threads.
+void pack_weights(const Tensor& x, const std::vector<Packing>& packings) {
+  const cpu::Kernels& kernels = cpu::kernels();
   const Dtype dtype = dtype_of(x);
   std::vector<int64_t> panels = {0}, offsets = {0};
-  for (const Stack* stack : stacks) {
-    panels.push_back(panels.back() + cpu::kernels().pack_panels(stack->rows, dtype));
-    offsets.push_back(offsets.back() + cpu::kernels().pack_elements(stack->rows, stack->depth, dtype));
+  for (const auto& [stack, kept, packed] : packings) {
+    const int64_t elements = kernels.pack_elements(stack.rows, stack.depth, dtype);
+    packed = nullptr;
+    if (kept) {
+      check_tensor("packed", *kept, {elements}, wide_type(x));
+      STD_TORCH_CHECK(kept->is_contiguous(), "packed must be contiguous");
+      if (kernels.is_packed(stack.weights(), dtype, kept->data_ptr())) packed = kept->data_ptr();
+    }
+    panels.push_back(panels.back() + (packed ? 0 : kernels.pack_panels(stack.rows, dtype)));
+    offsets.push_back(offsets.back() + (packed ? 0 : elements));
   }
   const int64_t size = wide_size(x);
   char* const memory = scratch<Scratch::shared>(offsets.back() * size);
-  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * size;
+  for (size_t i = 0; i < packings.size(); ++i)
+    if (!packings[i].packed) packings[i].packed = memory + offsets[i] * size;
   torch::stable::parallel_for(0, panels.back(), 4, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < stacks.size(); ++i) {
+    for (size_t i = 0; i < packings.size(); ++i) {
       const int64_t first = max_of(begin, panels[i]) - panels[i], last = min_of(end, panels[i + 1]) - panels[i];
-      if (first < last) cpu::kernels().pack(stacks[i]->weights(), dtype, const_cast<void*>(*packed[i]), first, last);
+      if (first < last)
+        kernels.pack(packings[i].stack.weights(), dtype, const_cast<void*>(packings[i].packed), first, last);
     }
   });
+}
+
+Tensor pack_weights_cpu(std::vector<Tensor> weights, std::vector<OptionalTensor> biases) {
+  STD_TORCH_CHECK(!weights.empty() && weights[0].is_cpu() && weights[0].dim() == 2,
+                  "weights must have shape [N, C] and be on the CPU");
+  const Stack stack(weights, biases, weights[0].size(1), weights[0].scalar_type());
+  const Dtype dtype = dtype_of(weights[0]);
+  Tensor packed = torch::stable::new_empty(weights[0], {cpu::kernels().pack_elements(stack.rows, stack.depth, dtype)},
+                                           wide_type(weights[0]));
+  torch::stable::parallel_for(0, cpu::kernels().pack_panels(stack.rows, dtype), 4, [&](int64_t begin, int64_t end) {
+    cpu::kernels().pack(stack.weights(), dtype, packed.data_ptr(), begin, end);
+  });
+  return packed;
 }
 
 LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
@@ -514,14 +545,13 @@ Tensor new_stats(const Tensor& x, const NormRule& norm) {
 std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
                                           std::vector<OptionalTensor> biases, OptionalTensor scale,
                                           OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
-                                          OptionalTensor gate) {
+                                          OptionalTensor gate, OptionalTensor packed) {
   check_signal(x);
   const NormRule norm = {scale, shift, eps};
   const Stack stack(weights, biases, x.size(2), x.scalar_type());
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
   LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
-  const void** packed[] = {&args.packed_out};
-  pack_weights(x, {&stack}, packed);
+  pack_weights(x, {{stack, packed, args.packed_out}});
   run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
   return {out, stats};
 }
@@ -530,7 +560,8 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
                                                     const Tensor& w2, OptionalTensor b2, int64_t activation,
                                                     OptionalTensor scale, OptionalTensor shift,
                                                     std::optional<double> eps, OptionalTensor gate, bool residual,
-                                                    bool save_hidden) {
+                                                    bool save_hidden, OptionalTensor packed_1,
+                                                    OptionalTensor packed_2) {
   check_signal(x);
   STD_TORCH_CHECK(w1.dim() == 2 && w1.size(0) > 0, "w1 must have shape [H, C]");
   STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
@@ -543,8 +574,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
   args.activation = static_cast<Activation>(activation);
   args.hidden = first.rows;
   args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
-  const void** packed[] = {&args.packed_hidden, &args.packed_out};
-  pack_weights(x, {&first, &second}, packed);
+  pack_weights(x, {{first, packed_1, args.packed_hidden}, {second, packed_2, args.packed_out}});
   run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
              (args.channels + args.out_channels + 1) / 2);
   return {out, stats, hidden};
@@ -774,6 +804,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
   m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights_cpu));
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
   m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));

@@ -19,6 +19,7 @@ namespace {
    &capability::pack_panels,            \
    &capability::pack_elements,          \
    &capability::pack,                   \
+   &capability::is_packed,              \
    &capability::projection_workspace,   \
    &capability::projection_forward,     \
    &capability::feed_forward_workspace, \

@@ -25,6 +25,7 @@ namespace fastflow::cpu {
   int64_t pack_panels(int64_t rows, Dtype dtype);                                                               \
   int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype);                                              \
   void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel);        \
+  bool is_packed(const Weights& weights, Dtype dtype, const void* packed);                                      \
   int64_t projection_workspace(const LinearArgs& args, Dtype dtype);                                            \
   void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);    \
   int64_t feed_forward_workspace(const LinearArgs& args, Dtype dtype);                                          \
@@ -57,6 +58,8 @@ struct Kernels {
   decltype(&baseline::pack_panels) pack_panels;
   decltype(&baseline::pack_elements) pack_elements;
   decltype(&baseline::pack) pack;
+  // Whether memory of that size may hold these weights packed: compares an element and a bias in every two panels.
+  decltype(&baseline::is_packed) is_packed;
   // Workspaces and tasks as for attention.
   decltype(&baseline::projection_workspace) projection_workspace;
   decltype(&baseline::projection_forward) projection_forward;

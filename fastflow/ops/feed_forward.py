@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
 from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
+from fastflow.ops.packed import packed_weights
 from fastflow.ops.projection import cast, fake_stats, to_input, weight_gradients
 
 DTYPES = {"cpu": _backend.FLOATS}
@@ -46,7 +47,8 @@ def feed_forward_ref(
 torch.library.define(
     "fastflow::feed_forward",
     "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation, Tensor? scale, Tensor? shift, "
-    "float? eps, Tensor? gate, bool residual, bool save_hidden) -> (Tensor, Tensor, Tensor)",
+    "float? eps, Tensor? gate, bool residual, bool save_hidden, Tensor? packed_1=None, Tensor? packed_2=None) -> "
+    "(Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     "fastflow::activation_backward", "(Tensor grad, Tensor hidden, int activation) -> (Tensor, Tensor)"
@@ -54,7 +56,7 @@ torch.library.define(
 
 
 @torch.library.register_fake("fastflow::feed_forward")
-def _(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden):  # type: ignore[no-untyped-def]
+def _(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden, *packed):  # type: ignore
     batch, frames, _ = x.shape
     hidden = x.new_empty(batch if save_hidden else 0, frames, w1.shape[0])
     return x.new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
@@ -204,4 +206,5 @@ def feed_forward(
     number = _NUMBERS[activation]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return FeedForwardFunction.apply(*tensors, number, eps, residual)[0]
-    return _feed_forward(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False)[0]
+    packed = packed_weights([w1], [b1]), packed_weights([w2], [b2])
+    return _feed_forward(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False, *packed)[0]

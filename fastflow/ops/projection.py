@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
 from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
+from fastflow.ops.packed import packed_weights
 
 DTYPES = {"cpu": _backend.FLOATS}
 
@@ -41,7 +42,7 @@ def projection_ref(
 torch.library.define(
     "fastflow::projection",
     "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? scale, Tensor? shift, float? eps, Tensor? residual, "
-    "Tensor? gate) -> (Tensor, Tensor)",
+    "Tensor? gate, Tensor? packed=None) -> (Tensor, Tensor)",
 )
 
 
@@ -50,7 +51,7 @@ def fake_stats(x: Tensor, eps: float | None) -> Tensor:
 
 
 @torch.library.register_fake("fastflow::projection")
-def _(x, weights, biases, scale, shift, eps, residual, gate):  # type: ignore[no-untyped-def]
+def _(x, weights, biases, scale, shift, eps, residual, gate, packed=None):  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
 
 
@@ -212,4 +213,5 @@ def projection(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         function = ProjectionFunction.apply
         return function(x, scale, shift, eps, residual, gate, len(weights), *weights, *biases)[0]
-    return _projection(x, weights, biases, scale, shift, eps, residual, gate)[0]
+    packed = packed_weights(weights, biases)
+    return _projection(x, weights, biases, scale, shift, eps, residual, gate, packed)[0]
