@@ -793,6 +793,156 @@ Tensor interpolate_backward_cuda(const Tensor& grad, std::optional<Tensor> rows,
   return run_cuda(cuda::interpolate_backward, prepare_backward(grad, rows, shared, in_frames, channels_first));
 }
 
+// The passes of norm, projection and feed_forward.  On a GPU these ops themselves are in Python, where torch's products
+// stand between the passes.
+void check_on_cuda(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype,
+                   const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() && x.device() == like.device(), name, " must be on the CUDA device of the others");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
+  bool fits = x.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(d) == shape[d];
+  STD_TORCH_CHECK(fits, name, " must have shape ", shape_text(shape));
+}
+
+const void* dense_on_cuda(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype,
+                          const Tensor& like) {
+  check_on_cuda(name, x, shape, dtype, like);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return x.data_ptr();
+}
+
+// [size] or [batch, size].
+Vectors vectors_on_cuda(const char* name, const OptionalTensor& x, int64_t batch, int64_t size, const Tensor& like) {
+  if (!x) return {};
+  const bool per_row = x->dim() == 2;
+  check_on_cuda(name, *x, per_row ? std::vector<int64_t>{batch, size} : std::vector<int64_t>{size}, like.scalar_type(),
+                like);
+  return {x->data_ptr(), per_row ? x->stride(0) : 0, x->stride(per_row ? 1 : 0)};
+}
+
+// [B, T, C]
+std::vector<int64_t> signal_on_cuda(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3, name, " must have shape [B, T, C] and be on a CUDA device");
+  return {x.size(0), x.size(1), x.size(2)};
+}
+
+// Call run(dtype, stream) on the device of x.
+template <typename Run>
+void on_device_of(const Tensor& x, const Run& run) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  run(dtype_of(x), current_stream(device));
+}
+
+std::tuple<Tensor, Tensor> norm_forward_cuda(const Tensor& x, OptionalTensor scale, OptionalTensor shift, double eps) {
+  const std::vector<int64_t> shape = signal_on_cuda("x", x);
+  const int64_t batch = shape[0], frames = shape[1], channels = shape[2];
+  Tensor out = torch::stable::new_empty(x, shape),
+         stats = torch::stable::new_empty(x, {2, batch, frames}, wide_type(x));
+  const NormForwardArgs args = {batch,
+                                frames,
+                                signal_of(x),
+                                channels,
+                                vectors_on_cuda("scale", scale, batch, channels, x),
+                                vectors_on_cuda("shift", shift, batch, channels, x),
+                                eps,
+                                out.data_ptr(),
+                                stats.data_ptr()};
+  on_device_of(x, [&](Dtype dtype, void* stream) { cuda::norm_forward(args, dtype, stream); });
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& stats,
+                                                      OptionalTensor scale, OptionalTensor shift,
+                                                      OptionalTensor grad_residual) {
+  const std::vector<int64_t> shape = signal_on_cuda("x", x);
+  const int64_t batch = shape[0], frames = shape[1], channels = shape[2], chunks = ceil_div(frames, kNormChunk);
+  const ScalarType dtype = x.scalar_type();
+  Tensor grad_x = torch::stable::new_empty(x, shape), normalised = torch::stable::new_empty(x, shape);
+  Tensor sums = torch::stable::new_empty(x, {batch, chunks, 2, channels}, wide_type(x));
+  const NormBackwardArgs args = {
+      batch,
+      frames,
+      channels,
+      dense_on_cuda("grad", grad, shape, dtype, x),
+      dense_on_cuda("x", x, shape, dtype, x),
+      dense_on_cuda("stats", stats, {2, batch, frames}, wide_type(x), x),
+      vectors_on_cuda("scale", scale, batch, channels, x),
+      vectors_on_cuda("shift", shift, batch, channels, x),
+      grad_residual ? dense_on_cuda("grad_residual", *grad_residual, shape, dtype, x) : nullptr,
+      grad_x.data_ptr(),
+      normalised.data_ptr(),
+      sums.data_ptr()};
+  on_device_of(x, [&](Dtype dtype, void* stream) { cuda::norm_backward(args, dtype, stream); });
+  return {grad_x, normalised, sums};
+}
+
+Tensor gated_residual_cuda(const Tensor& y, const Tensor& residual, OptionalTensor gate) {
+  const std::vector<int64_t> shape = signal_on_cuda("y", y);
+  check_on_cuda("residual", residual, shape, y.scalar_type(), y);
+  Tensor out = torch::stable::new_empty(y, shape);
+  const GatedResidualArgs args = {shape[0],
+                                  shape[1],
+                                  shape[2],
+                                  dense_on_cuda("y", y, shape, y.scalar_type(), y),
+                                  signal_of(residual),
+                                  vectors_on_cuda("gate", gate, shape[0], shape[2], y),
+                                  out.data_ptr()};
+  on_device_of(y, [&](Dtype dtype, void* stream) { cuda::gated_residual(args, dtype, stream); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_backward_cuda(const Tensor& products, const Tensor& sums, const Tensor& weight,
+                                                      OptionalTensor bias, const Tensor& gate) {
+  const std::vector<int64_t> shape = signal_on_cuda("products", products);
+  const int64_t batch = shape[0], rows = shape[1], channels = shape[2];
+  const ScalarType dtype = products.scalar_type();
+  Tensor grad_weight = torch::stable::new_empty(products, {rows, channels});
+  Tensor grad_bias = torch::stable::new_empty(products, {rows});
+  Tensor grad_gate = torch::stable::new_empty(products, {batch, rows});
+  check_on_cuda("gate", gate, {batch, rows}, dtype, products);
+  const GateBackwardArgs args = {batch,
+                                 rows,
+                                 channels,
+                                 dense_on_cuda("products", products, shape, dtype, products),
+                                 dense_on_cuda("sums", sums, {batch, rows}, wide_type(products), products),
+                                 dense_on_cuda("weight", weight, {rows, channels}, dtype, products),
+                                 bias ? dense_on_cuda("bias", *bias, {rows}, dtype, products) : nullptr,
+                                 vectors_on_cuda("gate", gate, batch, rows, products),
+                                 grad_weight.data_ptr(),
+                                 grad_bias.data_ptr(),
+                                 grad_gate.data_ptr()};
+  on_device_of(products, [&](Dtype dtype, void* stream) { cuda::gate_backward(args, dtype, stream); });
+  return {grad_weight, grad_bias, grad_gate};
+}
+
+Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 1 && number <= 3, "activation must be 1, 2 or 3, got ", number);
+  return static_cast<Activation>(number);
+}
+
+Tensor activation_forward_cuda(const Tensor& hidden, int64_t activation) {
+  const std::vector<int64_t> shape = signal_on_cuda("hidden", hidden);
+  const void* x = dense_on_cuda("hidden", hidden, shape, hidden.scalar_type(), hidden);
+  Tensor out = torch::stable::new_empty(hidden, shape);
+  on_device_of(hidden, [&](Dtype dtype, void* stream) {
+    cuda::activation_forward(x, out.data_ptr(), activation_of(activation), hidden.numel(), dtype, stream);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> activation_backward_cuda(const Tensor& grad, const Tensor& hidden, int64_t activation) {
+  const std::vector<int64_t> shape = signal_on_cuda("hidden", hidden);
+  Tensor activated = torch::stable::new_empty(hidden, shape), grad_hidden = torch::stable::new_empty(hidden, shape);
+  const ActivationBackwardArgs args = {activation_of(activation),
+                                       dense_on_cuda("grad", grad, shape, hidden.scalar_type(), hidden),
+                                       dense_on_cuda("hidden", hidden, shape, hidden.scalar_type(), hidden),
+                                       activated.data_ptr(), grad_hidden.data_ptr()};
+  on_device_of(hidden,
+               [&](Dtype dtype, void* stream) { cuda::activation_backward(args, hidden.numel(), dtype, stream); });
+  return {activated, grad_hidden};
+}
+
 #endif
 
 }  // namespace
@@ -817,6 +967,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cuda));
+  m.impl("norm_forward", TORCH_BOX(&norm_forward_cuda));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward_cuda));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual_cuda));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward_cuda));
+  m.impl("activation_forward", TORCH_BOX(&activation_forward_cuda));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward_cuda));
 }
 #endif
 
