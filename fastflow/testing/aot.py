@@ -47,6 +47,14 @@ CEILINGS = {
     "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
     "attention_backward_kv_kernel": Ceiling(registers=255, shared=96 * KIB),
     "attention_backward_position_kernel": Ceiling(registers=255, shared=32 * KIB),
+    "conv_block_convolve_kernel": Ceiling(registers=255, shared=96 * KIB),
+    "conv_block_weight_kernel": Ceiling(registers=255, shared=96 * KIB),
+    "conv_block_normalise_groups_kernel": Ceiling(registers=255, shared=16 * KIB),
+    "conv_block_differentiate_groups_kernel": Ceiling(registers=255, shared=16 * KIB),
+    "conv_block_centre_groups_kernel": Ceiling(registers=255, shared=16 * KIB),
+    "conv_block_normalise_frames_kernel": Ceiling(registers=255, shared=16 * KIB),
+    "conv_block_differentiate_frames_kernel": Ceiling(registers=255, shared=16 * KIB),
+    "conv_block_sums_kernel": Ceiling(registers=255, shared=16 * KIB),
 }
 
 
@@ -115,9 +123,30 @@ def launch_attention() -> Iterator[str]:
         yield case
 
 
+def launch_conv_block() -> Iterator[str]:
+    """Launch the kernels of conv_block: 320 -> 256 channels, with 8 groups in CosyVoice 1 and LayerNorm in 2.
+
+    float16 is launched once, as in attention.
+    """
+    from fastflow.kernels import conv_block as kernels
+
+    batch, frames, channels, width = 4, 500, 320, 256
+    lengths = _empty(batch, dtype=torch.int64)
+    for dtype, groups in ((torch.float16, 8), *itertools.product((torch.bfloat16, torch.float32), (8, 0))):
+        x, y = (_empty(batch, frames, size, dtype=dtype) for size in (channels, width))
+        vector, time = _empty(width, dtype=dtype), _empty(batch, width, dtype=dtype)
+        parameters = _empty(width, channels, 3, dtype=dtype), vector, vector, vector, lengths
+        rule = groups, not groups, False, 1e-5
+        statistics = _empty(batch, groups or frames)
+        kernels.conv_block(x, *parameters, time, *rule, True)
+        kernels.conv_block_backward(y, y, statistics, statistics, x, *parameters, *rule, 0b111111)
+        yield f"{dtype} {f'{groups} groups' if groups else 'LayerNorm'}"
+
+
 LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "interpolate": launch_interpolate,
     "attention": launch_attention,
+    "conv_block": launch_conv_block,
 }
 
 
