@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.ops.conv_block import TAPS
+from fastflow.ops.conv_block import TAPS, gradient_shapes
 
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -36,11 +36,11 @@ CONVOLVE = {2: (64, 64, 64, 4, 3), 4: (32, 64, 16, 4, 2)}
 WEIGHT = {2: (64, 64, 32, 4, 3), 4: (32, 32, 16, 4, 2)}
 SPLITS = 8  # at most so many programs share the frames of a tile of the weight's gradient
 
-# Elements of a tile, most of its frames, most of its channels where these can be taken in turn, and num_warps.
-GROUP_ELEMENTS, GROUP_FRAMES, GROUP_CHANNELS, GROUP_WARPS = 2048, 64, 256, 4
-FRAME_ELEMENTS, FRAME_WARPS = 4096, 8
-ENTRIES = tl.constexpr(16)  # tiles whose sums are read at once
-SUM_CHANNELS = 32
+# Of the normalisation, whose tiles hold all channels that are normalised together: elements of a tile and num_warps.
+GROUP, FRAME = (2048, 4), (4096, 8)
+MAX_FRAMES = 64  # of such a tile
+# Of the sums over frames: tiles that are read at once, channels, and num_warps.
+SUM = {"BLOCK_E": 16, "BLOCK_C": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
 # ------------------------------------------------------------------------------------------------ pieces
@@ -66,6 +66,12 @@ def _length(lengths_ptr, row, frames):
 def _active(length, frames, reach):
     """Frames whose y is computed."""
     return tl.where(length > 0, tl.minimum(length + reach, frames), 0)
+
+
+@triton.jit
+def _rest(active, frames, reach):
+    """Frames beyond, if GroupNorm counts them: their y is the bias."""
+    return tl.where(reach > 0, frames - active, 0)
 
 
 @triton.jit
@@ -122,6 +128,15 @@ def _store(ptr, x, row, t, c, stop, end, frames, width):
 
 
 @triton.jit
+def _store_activated(out_ptr, z, time_ptr, row, t, c, length, end, frames, width):
+    """Mish, mask and time bias."""
+    out = tl.where((t < length)[:, None], _mish(z), 0.0)
+    if time_ptr is not None:
+        out += _vector(time_ptr + row * width, c, end)
+    _store(out_ptr, out, row, t, c, frames, end, frames, width)
+
+
+@triton.jit
 def _store_sum(sums_ptr, x, kind, batch, row, tiles, tile, c, end, width):
     """The sum over the tile's frames: of dz, dz * normalised y, dy or the output's gradient, kinds 0 to 3."""
     entry = (kind * batch + row) * tiles + tile
@@ -129,7 +144,9 @@ def _store_sum(sums_ptr, x, kind, batch, row, tiles, tile, c, end, width):
 
 
 @triton.jit
-def _store_time_sum(sums_ptr, grad_ptr, batch, row, tiles, tile, t, c, frames, end, width, stride_b, stride_t, stride_c):
+def _store_time_sum(
+    sums_ptr, grad_ptr, batch, row, tiles, tile, t, c, frames, end, width, stride_b, stride_t, stride_c
+):
     grad = _tile(grad_ptr, row, t, c, frames, end, stride_b, stride_t, stride_c)  # also on padding
     _store_sum(sums_ptr, grad, 3, batch, row, tiles, tile, c, end, width)
 
@@ -253,38 +270,30 @@ def conv_block_weight_kernel(
 # ------------------------------------------------------------------------------------------------ GroupNorm
 @triton.jit
 def _merge_moments(
-    moments_ptr, bias_ptr, row, first, size, width, tiles, active, rest, eps, TILE: tl.constexpr, BLOCK_C: tl.constexpr
+    moments_ptr, bias_ptr, row, c, end, width, tiles, active, rest, count, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Mean and 1 / deviation of the channels from ``first``: the tiles' y, and ``rest`` frames that are the bias."""
-    tile = tl.arange(0, ENTRIES)
-    total = tl.zeros([ENTRIES, BLOCK_C], tl.float32)
-    padding = tl.zeros([1, BLOCK_C], tl.float32)
-    for c0 in range(0, size, BLOCK_C):
-        c = first + c0 + tl.arange(0, BLOCK_C)
-        padding += _vector(bias_ptr, c, first + size)
-        for tile0 in range(0, tl.cdiv(active, TILE), ENTRIES):
-            frames = tl.minimum(active - (tile0 + tile) * TILE, TILE)
-            at = moments_ptr + (row * tiles + tile0 + tile)[:, None] * 2 * width + c[None, :]
-            mean = tl.load(at, mask=(frames > 0)[:, None] & (c < first + size)[None, :], other=0.0)
-            total += mean * frames[:, None]
-    count = tl.maximum((active + rest) * size, 1).to(tl.float32)
-    centre = (tl.sum(tl.sum(total, 1), 0) + rest * tl.sum(tl.sum(padding, 1), 0)) / count
+    """Mean and variance of the channels c below ``end``: of the tiles' y, and of ``rest`` frames that are the bias."""
+    channels = (c < end)[None, :]
+    bias = _vector(bias_ptr, c, end)
+    total = tl.where(tl.arange(0, BLOCK)[:, None] == 0, bias * rest, 0.0)
+    for tile0 in range(0, tl.cdiv(active, TILE), BLOCK):
+        tile = (tile0 + tl.arange(0, BLOCK))[:, None]
+        frames = tl.minimum(active - tile * TILE, TILE)
+        at = moments_ptr + (row * tiles + tile) * 2 * width + c[None, :]
+        total += tl.load(at, mask=(frames > 0) & channels, other=0.0) * frames
+    mean = tl.sum(total) / count
 
-    squares = tl.zeros([ENTRIES, BLOCK_C], tl.float32)
-    padding = tl.zeros([1, BLOCK_C], tl.float32)
-    for c0 in range(0, size, BLOCK_C):
-        c = first + c0 + tl.arange(0, BLOCK_C)
-        distance = tl.where((c < first + size)[None, :], _vector(bias_ptr, c, first + size) - centre, 0.0)
-        padding += distance * distance
-        for tile0 in range(0, tl.cdiv(active, TILE), ENTRIES):
-            frames = tl.minimum(active - (tile0 + tile) * TILE, TILE)
-            at = moments_ptr + (row * tiles + tile0 + tile)[:, None] * 2 * width + c[None, :]
-            inside = (frames > 0)[:, None] & (c < first + size)[None, :]
-            distance = tl.load(at, mask=inside, other=0.0) - centre
-            within = tl.load(at + width, mask=inside, other=0.0)
-            squares += tl.where(inside, within + distance * distance * frames[:, None], 0.0)
-    variance = (tl.sum(tl.sum(squares, 1), 0) + rest * tl.sum(tl.sum(padding, 1), 0)) / count
-    return centre, 1.0 / tl.sqrt(variance + eps)
+    of_bias = bias - mean
+    squares = tl.where((tl.arange(0, BLOCK)[:, None] == 0) & channels, of_bias * of_bias * rest, 0.0)
+    for tile0 in range(0, tl.cdiv(active, TILE), BLOCK):
+        tile = (tile0 + tl.arange(0, BLOCK))[:, None]
+        frames = tl.minimum(active - tile * TILE, TILE)
+        inside = (frames > 0) & channels
+        at = moments_ptr + (row * tiles + tile) * 2 * width + c[None, :]
+        distance = tl.load(at, mask=inside, other=0.0) - mean
+        within = tl.load(at + width, mask=inside, other=0.0)
+        squares += tl.where(inside, within + distance * distance * frames, 0.0)
+    return mean, tl.sum(squares) / count
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -311,25 +320,22 @@ def conv_block_normalise_groups_kernel(
 ):
     width = groups * size
     row, slab, t, group = _program(frames, groups, BLOCK_T)
+    c = group * size + tl.arange(0, BLOCK_C)
+    end = group * size + size
     length = _length(lengths_ptr, row, frames)
     active = _active(length, frames, reach)
-    rest = tl.where(reach > 0, frames - active, 0)
-    first = group * size
-    mean, rstd = _merge_moments(
-        moments_ptr, bias_ptr, row, first, size, width, tiles, active, rest, eps, TILE, BLOCK_C
+    rest = _rest(active, frames, reach)
+    count = tl.maximum((active + rest) * size, 1).to(tl.float32)
+    mean, variance = _merge_moments(
+        moments_ptr, bias_ptr, row, c, end, width, tiles, active, rest, count, TILE, BLOCK_T
     )
+    rstd = 1.0 / tl.sqrt(variance + eps)
     if mean_ptr is not None:
         tl.store(mean_ptr + row * groups + group, mean, mask=slab == 0)
         tl.store(rstd_ptr + row * groups + group, rstd, mask=slab == 0)
-    for c0 in range(0, size, BLOCK_C):
-        c = first + c0 + tl.arange(0, BLOCK_C)
-        end = first + size
-        y = _tile(y_ptr, row, t, c, length, end, frames * width, width, 1)
-        z = (y - mean) * (rstd * _vector(scale_ptr, c, end)) + _vector(shift_ptr, c, end)
-        out = tl.where((t < length)[:, None], _mish(z), 0.0)
-        if time_ptr is not None:
-            out += _vector(time_ptr + row * width, c, end)
-        _store(out_ptr, out, row, t, c, frames, end, frames, width)
+    y = _tile(y_ptr, row, t, c, length, end, frames * width, width, 1)
+    z = (y - mean) * (rstd * _vector(scale_ptr, c, end)) + _vector(shift_ptr, c, end)
+    _store_activated(out_ptr, z, time_ptr, row, t, c, length, end, frames, width)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -358,30 +364,24 @@ def conv_block_differentiate_groups_kernel(
     """Sums over a tile's frames, and [B, groups, tiles, 2]: over its channels too, of h and h * normalised y."""
     width = groups * size
     row, tile, t, group = _program(frames, groups, BLOCK_T)
+    c = group * size + tl.arange(0, BLOCK_C)
+    end = group * size + size
     length = _length(lengths_ptr, row, frames)
     mean = tl.load(mean_ptr + row * groups + group)
     rstd = tl.load(rstd_ptr + row * groups + group)
-    first = group * size
-    end = first + size
-    total = tl.zeros([BLOCK_C], tl.float32)
-    total_x = tl.zeros([BLOCK_C], tl.float32)
-    for c0 in range(0, size, BLOCK_C):
-        c = first + c0 + tl.arange(0, BLOCK_C)
-        scale = _vector(scale_ptr, c, end)
-        x = (_tile(y_ptr, row, t, c, length, end, frames * width, width, 1) - mean) * rstd
-        grad = _tile(grad_ptr, row, t, c, length, end, stride_gb, stride_gt, stride_gc)
-        dz = grad * _mish_slope(x * scale + _vector(shift_ptr, c, end))
-        _store_sum(sums_ptr, dz, 0, batch, row, tiles, tile, c, end, width)
-        _store_sum(sums_ptr, dz * x, 1, batch, row, tiles, tile, c, end, width)
-        if TIME:
-            _store_time_sum(
-                sums_ptr, grad_ptr, batch, row, tiles, tile, t, c, frames, end, width, stride_gb, stride_gt, stride_gc
-            )
-        total += tl.sum(dz * scale, 0)
-        total_x += tl.sum(dz * scale * x, 0)
+    scale = _vector(scale_ptr, c, end)
+    x = (_tile(y_ptr, row, t, c, length, end, frames * width, width, 1) - mean) * rstd
+    grad = _tile(grad_ptr, row, t, c, length, end, stride_gb, stride_gt, stride_gc)
+    dz = grad * _mish_slope(x * scale + _vector(shift_ptr, c, end))
+    _store_sum(sums_ptr, dz, 0, batch, row, tiles, tile, c, end, width)
+    _store_sum(sums_ptr, dz * x, 1, batch, row, tiles, tile, c, end, width)
     entry = group_sums_ptr + ((row * groups + group) * tiles + tile) * 2
-    tl.store(entry, tl.sum(total, 0))
-    tl.store(entry + 1, tl.sum(total_x, 0))
+    tl.store(entry, tl.sum(dz * scale))
+    tl.store(entry + 1, tl.sum(dz * scale * x))
+    if TIME:
+        _store_time_sum(
+            sums_ptr, grad_ptr, batch, row, tiles, tile, t, c, frames, end, width, stride_gb, stride_gt, stride_gc
+        )
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -411,37 +411,35 @@ def conv_block_centre_groups_kernel(
 ):
     width = groups * size
     row, tile, t, group = _program(frames, groups, BLOCK_T)
+    c = group * size + tl.arange(0, BLOCK_C)
+    end = group * size + size
     length = _length(lengths_ptr, row, frames)
     active = _active(length, frames, reach)
-    rest = tl.where(reach > 0, frames - active, 0)
+    rest = _rest(active, frames, reach)
     mean = tl.load(mean_ptr + row * groups + group)
     rstd = tl.load(rstd_ptr + row * groups + group)
 
-    total = tl.zeros([ENTRIES], tl.float32)
-    total_x = tl.zeros([ENTRIES], tl.float32)
-    for tile0 in range(0, tl.cdiv(length, BLOCK_T), ENTRIES):
-        entry = tile0 + tl.arange(0, ENTRIES)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    total_x = tl.zeros([BLOCK_T], tl.float32)
+    for tile0 in range(0, tl.cdiv(length, BLOCK_T), BLOCK_T):
+        entry = tile0 + tl.arange(0, BLOCK_T)
         at = group_sums_ptr + ((row * groups + group) * tiles + entry) * 2
         total += tl.load(at, mask=entry < tiles, other=0.0)
         total_x += tl.load(at + 1, mask=entry < tiles, other=0.0)
     count = tl.maximum((active + rest) * size, 1).to(tl.float32)
-    mean_h = tl.sum(total, 0) / count
-    mean_hx = tl.sum(total_x, 0) / count
+    mean_h = tl.sum(total) / count
+    mean_hx = tl.sum(total_x) / count
 
-    first = group * size
-    end = first + size
-    for c0 in range(0, size, BLOCK_C):
-        c = first + c0 + tl.arange(0, BLOCK_C)
-        scale = _vector(scale_ptr, c, end)
-        x = (_tile(y_ptr, row, t, c, active, end, frames * width, width, 1) - mean) * rstd
-        grad = _tile(grad_ptr, row, t, c, length, end, stride_gb, stride_gt, stride_gc)
-        h = grad * _mish_slope(x * scale + _vector(shift_ptr, c, end)) * scale
-        dy = tl.where((t < active)[:, None], (h - mean_h - x * mean_hx) * rstd, 0.0)
-        _store(dy_ptr, dy, row, t, c, active, end, frames, width)
-        x_rest = (_vector(bias_ptr, c, end) - mean) * rstd  # of the frames that are the bias, where h = 0
-        dy_rest = tl.where(tile == 0, rest, 0) * rstd * (mean_h + x_rest * mean_hx)
-        dy = tl.where((t == tile * BLOCK_T)[:, None], dy - dy_rest, dy)
-        _store_sum(sums_ptr, dy, 2, batch, row, tiles, tile, c, end, width)
+    scale = _vector(scale_ptr, c, end)
+    x = (_tile(y_ptr, row, t, c, active, end, frames * width, width, 1) - mean) * rstd
+    grad = _tile(grad_ptr, row, t, c, length, end, stride_gb, stride_gt, stride_gc)
+    h = grad * _mish_slope(x * scale + _vector(shift_ptr, c, end)) * scale
+    dy = tl.where((t < active)[:, None], (h - mean_h - x * mean_hx) * rstd, 0.0)
+    _store(dy_ptr, dy, row, t, c, active, end, frames, width)
+    x = (_vector(bias_ptr, c, end) - mean) * rstd  # of the frames that are the bias, where h = 0
+    dy_rest = -(mean_h + x * mean_hx) * rstd * rest
+    dy += tl.where((t == 0)[:, None], dy_rest, 0.0)
+    _store_sum(sums_ptr, dy, 2, batch, row, tiles, tile, c, end, width)
 
 
 # ------------------------------------------------------------------------------------------------ LayerNorm
@@ -472,10 +470,7 @@ def conv_block_normalise_frames_kernel(
         tl.store(mean_ptr + row * frames + t, mean, mask=t < frames)
         tl.store(rstd_ptr + row * frames + t, tl.where(t < length, rstd, 0.0), mask=t < frames)
     z = x * rstd[:, None] * _vector(scale_ptr, c, width) + _vector(shift_ptr, c, width)
-    out = tl.where((t < length)[:, None], _mish(z), 0.0)
-    if time_ptr is not None:
-        out += _vector(time_ptr + row * width, c, width)
-    _store(out_ptr, out, row, t, c, frames, width, frames, width)
+    _store_activated(out_ptr, z, time_ptr, row, t, c, length, width, frames, width)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -526,21 +521,15 @@ def conv_block_differentiate_frames_kernel(
 
 # ------------------------------------------------------------------------------------------------ sums
 @triton.jit
-def _total(sums_ptr, first, count, c, width, BLOCK_C: tl.constexpr):
-    """The sum of ``count`` entries from ``first``."""
-    total = tl.zeros([ENTRIES, BLOCK_C], tl.float32)
-    for e0 in range(0, count, ENTRIES):
-        e = e0 + tl.arange(0, ENTRIES)
-        at = sums_ptr + (first + e)[:, None] * width + c[None, :]
-        total += tl.load(at, mask=(e < count)[:, None] & (c < width)[None, :], other=0.0)
-    return tl.sum(total, 0)
-
-
-@triton.jit
-def _store_total(ptr, sums_ptr, first, count, c, width, BLOCK_C: tl.constexpr):
+def _store_total(ptr, sums_ptr, first, count, c, width, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sum of ``count`` tiles from ``first``."""
     if ptr is not None:
-        total = _total(sums_ptr, first, count, c, width, BLOCK_C)
-        tl.store(ptr + c, total.to(ptr.dtype.element_ty), mask=c < width)
+        total = tl.zeros([BLOCK_E, BLOCK_C], tl.float32)
+        for e0 in range(0, count, BLOCK_E):
+            e = e0 + tl.arange(0, BLOCK_E)
+            at = sums_ptr + (first + e)[:, None] * width + c[None, :]
+            total += tl.load(at, mask=(e < count)[:, None] & (c < width)[None, :], other=0.0)
+        tl.store(ptr + c, tl.sum(total, 0).to(ptr.dtype.element_ty), mask=c < width)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -553,6 +542,7 @@ def conv_block_sums_kernel(
     width,
     batch,
     tiles,
+    BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The gradients that are sums over frames: a program for the channels of each row, and one for those of all."""
@@ -561,27 +551,21 @@ def conv_block_sums_kernel(
     row = (tl.program_id(0) // blocks).to(tl.int64)
     entries = batch.to(tl.int64) * tiles  # of a kind
     if row == batch:
-        _store_total(grad_shift_ptr, sums_ptr, 0, entries, c, width, BLOCK_C)
-        _store_total(grad_scale_ptr, sums_ptr, entries, entries, c, width, BLOCK_C)
-        _store_total(grad_bias_ptr, sums_ptr, 2 * entries, entries, c, width, BLOCK_C)
+        _store_total(grad_shift_ptr, sums_ptr, 0, entries, c, width, BLOCK_E, BLOCK_C)
+        _store_total(grad_scale_ptr, sums_ptr, entries, entries, c, width, BLOCK_E, BLOCK_C)
+        _store_total(grad_bias_ptr, sums_ptr, 2 * entries, entries, c, width, BLOCK_E, BLOCK_C)
     elif grad_time_ptr is not None:
         first = 3 * entries + row * tiles
-        _store_total(grad_time_ptr + row * width, sums_ptr, first, tiles, c, width, BLOCK_C)
+        _store_total(grad_time_ptr + row * width, sums_ptr, first, tiles, c, width, BLOCK_E, BLOCK_C)
 
 
 # ------------------------------------------------------------------------------------------------ launchers
-def _group_tile(size: int) -> dict[str, Any]:
-    """The tile of a kernel that works on one group of channels at a time."""
-    block_c = min(triton.next_power_of_2(size), GROUP_CHANNELS)
-    block_t = min(GROUP_ELEMENTS // block_c, GROUP_FRAMES)
-    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": GROUP_WARPS, "enable_fp_fusion": True}
-
-
-def _frame_tile(width: int) -> dict[str, Any]:
-    """The tile of a kernel that has all channels of its frames at once."""
-    block_c = triton.next_power_of_2(width)
-    block_t = max(min(FRAME_ELEMENTS // block_c, GROUP_FRAMES), 1)
-    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": FRAME_WARPS, "enable_fp_fusion": True}
+def _tile_of(channels: int, groups: int) -> dict[str, Any]:
+    """The tile of the normalisation of so many channels together."""
+    elements, num_warps = GROUP if groups else FRAME
+    block_c = triton.next_power_of_2(channels)
+    block_t = max(min(elements // block_c, MAX_FRAMES), 1)
+    return {"BLOCK_T": block_t, "BLOCK_C": block_c, "num_warps": num_warps, "enable_fp_fusion": True}
 
 
 def _convolve(
@@ -597,12 +581,13 @@ def _convolve(
     batch, frames, channels = x.shape
     width = out.shape[2]
     backward = bias is None
+    weight_strides = packed.stride()[1:] if backward else packed.stride()[:0:-1]
     block_t, block_o, block_c, num_warps, num_stages = CONVOLVE[x.element_size()]
     grid = (batch * triton.cdiv(frames, block_t) * triton.cdiv(width, block_o),)
     conv_block_convolve_kernel[grid](
-        out, x, packed, bias, moments, lengths, *x.stride(), *(packed.stride()[1:] if backward else packed.stride()[:0:-1]),
-        channels, width, frames, *reach, BACKWARD=backward, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_C=block_c,
-        num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True,
+        out, x, packed, bias, moments, lengths, *x.stride(), *weight_strides, channels, width, frames, *reach,
+        BACKWARD=backward, BLOCK_T=block_t, BLOCK_O=block_o, BLOCK_C=block_c, num_warps=num_warps,
+        num_stages=num_stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
@@ -648,16 +633,15 @@ def conv_block(
     tiles = triton.cdiv(frames, tile)
     moments = x.new_empty((batch, tiles, 2, width), dtype=torch.float32) if groups else None
     reach = _reach(groups, causal, exact)
+    config = _tile_of(width // (groups or 1), groups)
     with torch.cuda.device_of(x):
         _convolve(x, _pack(weight), bias, moments, lengths, reach, where)
         if groups:
-            config = _group_tile(width // groups)
             conv_block_normalise_groups_kernel[(batch * triton.cdiv(frames, config["BLOCK_T"]) * groups,)](
                 out, *saved, where, moments, bias, scale, shift, time_bias, lengths, groups, width // groups, eps,
                 frames, reach[1], tiles, TILE=tile, **config,
             )  # fmt: skip
         else:
-            config = _frame_tile(width)
             conv_block_normalise_frames_kernel[(batch * triton.cdiv(frames, config["BLOCK_T"]),)](
                 out, *saved, where, scale, shift, time_bias, lengths, width, eps, frames, **config,
             )  # fmt: skip
@@ -675,7 +659,8 @@ def _differentiate(
 ) -> tuple[Tensor, Tensor]:
     """dy, which holds anything where it is not computed, and the sums [4, B, tiles, C'] of ``_store_sum``."""
     batch, frames, width = grad.shape
-    config = _group_tile(width // groups) if groups else _frame_tile(width)
+    size = width // (groups or 1)
+    config = _tile_of(size, groups)
     tiles = triton.cdiv(frames, config["BLOCK_T"])
     dy = grad.new_empty(grad.shape)
     sums = grad.new_empty((4, batch, tiles, width), dtype=torch.float32)
@@ -687,7 +672,6 @@ def _differentiate(
         )  # fmt: skip
         return dy, sums
     group_sums = grad.new_empty((batch, groups, tiles, 2), dtype=torch.float32)
-    size = width // groups
     conv_block_differentiate_groups_kernel[(batch * tiles * groups,)](
         sums, group_sums, grad, *saved, scale, shift, lengths, *grad.stride(), groups, size, batch, frames, tiles,
         TIME=time, **config,
@@ -732,8 +716,7 @@ def conv_block_backward(
 ) -> tuple[Tensor, ...]:
     """Launch the backward kernels; arguments and results are those of the op ``fastflow::conv_block_backward``."""
     batch, width = x.shape[0], weight.shape[0]
-    shapes = (x.shape, weight.shape, (width,), (width,), (width,), (batch, width))
-    grads = [x.new_empty(shape if wanted >> n & 1 else (0,)) for n, shape in enumerate(shapes)]
+    grads = [x.new_empty(shape) for shape in gradient_shapes(x, weight, wanted)]
     if not grad.numel():
         return tuple(g.zero_() for g in grads)
     reach = _reach(groups, causal, exact)
@@ -742,8 +725,8 @@ def conv_block_backward(
         dy, sums = _differentiate(grad, (y, mean, rstd), parameters, lengths, groups, reach[1], bool(wanted >> 5))
         if wanted >> 2:
             pointers = (g if wanted >> n & 1 else None for n, g in enumerate(grads))
-            conv_block_sums_kernel[((batch + 1) * triton.cdiv(width, SUM_CHANNELS),)](
-                *list(pointers)[2:], sums, width, batch, sums.shape[2], BLOCK_C=SUM_CHANNELS, enable_fp_fusion=True
+            conv_block_sums_kernel[((batch + 1) * triton.cdiv(width, SUM["BLOCK_C"]),)](
+                *list(pointers)[2:], sums, width, batch, sums.shape[2], **SUM
             )
         if wanted & 1:
             _convolve(dy, _pack(weight), None, None, lengths, reach, grads[0])

@@ -2,11 +2,22 @@
 // if it cannot be launched.
 #pragma once
 
+#include "../conv_block.h"
 #include "../interpolate.h"
 
 namespace fastflow::cuda {
 
 void interpolate_forward(const InterpolateArgs& args, Dtype dtype, void* stream);
 void interpolate_backward(const InterpolateArgs& args, Dtype dtype, void* stream);
+
+// args.x within the rows' lengths, after `before` frames of zeros and ahead of `after`: args.out is
+// [B, before + T + after, channels].
+void conv_block_pad(const ConvBlockArgs& args, int64_t before, int64_t after, Dtype dtype, void* stream);
+
+// From args.y to args.out, args.mean and args.rstd, and back from args.grad to passes.dy and the gradients of bias,
+// norm_weight, norm_bias and time_bias.
+int64_t conv_block_chunks(const ConvBlockArgs& args);
+void conv_block_normalise(const ConvBlockArgs& args, const ConvBlockPasses& passes, Dtype dtype, void* stream);
+void conv_block_differentiate(const ConvBlockArgs& args, const ConvBlockPasses& passes, Dtype dtype, void* stream);
 
 }  // namespace fastflow::cuda
