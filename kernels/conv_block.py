@@ -33,7 +33,7 @@ SIZES = ["batch", "frames", "left", "reach", "tiles", "splits"]
 # Tiles by bytes of an element: frames, output channels, input channels of a product, num_warps and num_stages.
 CONVOLVE = {2: (64, 64, 64, 4, 3), 4: (32, 64, 16, 4, 2)}
 # Of the weight's gradient: output channels, input channels (of each tap), frames, num_warps and num_stages.
-WEIGHT = {2: (64, 64, 32, 4, 3), 4: (32, 32, 16, 4, 2)}
+WEIGHT = {2: (64, 64, 32, 8, 3), 4: (32, 32, 32, 4, 2)}
 SPLITS = 8  # at most so many programs share the frames of a tile of the weight's gradient
 
 # Of the normalisation, whose tiles hold all channels that are normalised together: elements of a tile and num_warps.

@@ -54,12 +54,23 @@ def in_interpreter(request):
     return _backend.triton_interprets and any(request.getfixturevalue(name) == "triton" for name in names)
 
 
+@pytest.fixture
+def shipped_tiles():
+    """Leave the Triton kernels the tiles that they have on a GPU."""
+
+
 @pytest.fixture(autouse=True)
-def few_groups_in_the_interpreter(request, monkeypatch):
-    """Whose time is that of the number of programs."""
-    if in_interpreter(request):
-        for form, rule in FORMS.items():
-            monkeypatch.setitem(FORMS, form, {**rule, "groups": min(rule.get("groups", 0), 2)})
+def few_programs_in_the_interpreter(request, monkeypatch):
+    """Whose time is that of the number of operations, whatever their size."""
+    if not in_interpreter(request):
+        return
+    for form, rule in FORMS.items():
+        monkeypatch.setitem(FORMS, form, {**rule, "groups": min(rule.get("groups", 0), 2)})
+    if "shipped_tiles" not in request.fixturenames:
+        from fastflow.kernels import conv_block as kernels
+
+        for table in ("CONVOLVE", "WEIGHT"):
+            monkeypatch.setattr(kernels, table, dict.fromkeys((2, 4), (64, 64, 64, 4, 1)))
 
 
 def make(form, dtype=torch.float32, device="cpu", batch=3, frames=19, channels=12, width=24, lengths=(19, 11, 4)):
@@ -107,13 +118,13 @@ def assert_same(got, want):
 
 
 @every_form
-def test_matches_the_reference(form, backend, device):
+def test_matches_the_reference(form, backend, device, shipped_tiles):
     assert_right(*make(form, device=device), backend, f"conv_block {backend} {form}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, *HALVES], ids=str)
 @pytest.mark.parametrize("form", ["CosyVoice 1", "CosyVoice 1, exact", "CosyVoice 2", "length regulator"])
-def test_matches_the_reference_in_every_dtype(form, dtype, backend, device):
+def test_matches_the_reference_in_every_dtype(form, dtype, backend, device, shipped_tiles):
     case = make(form, dtype, device, frames=67, lengths=(67, 40, 9))
     if dtype not in DTYPES.get(backend, (dtype,)):
         with pytest.raises(RuntimeError, match="does not support"):
@@ -163,9 +174,9 @@ def test_use_cases_at_full_size(form, dtype, kernel_backend, device, full_size):
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_upstreams_modules(causal, backend, device):
     """The formula written with PyTorch's modules, on [B, C, T] and with a mask of numbers."""
-    norm = torch.nn.LayerNorm(24) if causal else torch.nn.GroupNorm(8, 24)
-    conv = torch.nn.Conv1d(12, 24, 3, padding=0 if causal else 1)
     tensors, _, rule = make("CosyVoice 2" if causal else "CosyVoice 1", device=device)
+    norm = torch.nn.LayerNorm(24) if causal else torch.nn.GroupNorm(rule["groups"], 24)
+    conv = torch.nn.Conv1d(12, 24, 3, padding=0 if causal else 1)
     norm, conv = norm.to(device), conv.to(device)
     tensors |= {"weight": conv.weight, "bias": conv.bias, "norm_weight": norm.weight, "norm_bias": norm.bias}
     mask = (torch.arange(19, device=device) < rule["lengths"][:, None])[:, None].float()

@@ -11,6 +11,7 @@ namespace fastflow::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
+constexpr int kBlocks = 4;  // of a multiprocessor at once, at least, where the compiler must be told
 constexpr int kChunk = 16;  // frames
 
 enum Sum { kGradient, kGradientTimesX, kOutput, kTime };  // of dz, dz * normalised y, dy and grad
@@ -272,31 +273,31 @@ __global__ void __launch_bounds__(kThreads) frame_means_kernel(const ConvBlockAr
 
 // dy = rstd * (h - mean(h) - x * mean(h * x)), the zeros around it, and all sums over the chunk's frames.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) centre_kernel(const ConvBlockArgs args, const ConvBlockPasses passes) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    centre_kernel(const ConvBlockArgs args, const ConvBlockPasses passes) {
   using Real = Wide<T>;
   Chunk chunk;
   if (!find_chunk(args, args.frames, args.width, chunk)) return;
   const int64_t b = chunk.b, c = chunk.c, length = length_of(args, b), active = active_frames(args, b);
-  const int64_t rows = passes.before + args.frames + passes.after;
-  const Real scale = value<T>(args.norm_weight, c);
   const Real* means = static_cast<const Real*>(passes.means);
-  T* dy_row = static_cast<T*>(passes.dy) + b * rows * args.width + c;
-  Real sum = 0, products = 0, output = 0, time = 0;
+  T* dy_row =
+      static_cast<T*>(passes.dy) + (b * (passes.before + args.frames + passes.after) + passes.before) * args.width + c;
+  Real sum = 0, products = 0, output = 0;
   for (int64_t t = chunk.first; t < chunk.last; ++t) {
     Real dy = 0;
     if (t < active) {
       const Element<T> element = element_at<T>(args, b, t, c, length);
       const Real* mean = means + 2 * statistic_at(args, b, t, c);
-      dy = (element.dz * scale - mean[0] - element.x * mean[1]) * element.rstd;
+      const Real h = element.dz * value<T>(args.norm_weight, c);
+      dy = (h - mean[0] - element.x * mean[1]) * element.rstd;
       sum += element.dz;
       products += element.dz * element.x;
       output += dy;
     }
-    if (args.grad_time_bias) time += grad_at<T>(args, b, t, c);  // also on padding, where it was added, too
-    narrow(dy, dy_row[(passes.before + t) * args.width]);
+    narrow(dy, dy_row[t * args.width]);
   }
   if (chunk.first == 0) {
-    for (int64_t n = 0; n < passes.before; ++n) dy_row[n * args.width] = T{};
+    for (int64_t t = -passes.before; t < 0; ++t) dy_row[t * args.width] = T{};
     if (args.groups) {  // the frames with dz = 0 whose y is the bias
       const int64_t at = statistic_at(args, b, 0, c);
       const Real rstd = static_cast<const Real*>(args.rstd)[at];
@@ -306,11 +307,14 @@ __global__ void __launch_bounds__(kThreads) centre_kernel(const ConvBlockArgs ar
     }
   }
   if (chunk.last == args.frames)
-    for (int64_t n = passes.before + args.frames; n < rows; ++n) dy_row[n * args.width] = T{};
+    for (int64_t t = args.frames; t < args.frames + passes.after; ++t) dy_row[t * args.width] = T{};
   Real* sums = static_cast<Real*>(passes.sums) + c;
   sums[sum_at(args, kGradient, b, chunk.index)] = sum;
   sums[sum_at(args, kGradientTimesX, b, chunk.index)] = products;
   sums[sum_at(args, kOutput, b, chunk.index)] = output;
+  if (!args.grad_time_bias) return;
+  Real time = 0;  // also on padding, where the bias was added, too
+  for (int64_t t = chunk.first; t < chunk.last; ++t) time += grad_at<T>(args, b, t, c);
   sums[sum_at(args, kTime, b, chunk.index)] = time;
 }
 
