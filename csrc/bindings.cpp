@@ -943,6 +943,110 @@ std::tuple<Tensor, Tensor> activation_backward_cuda(const Tensor& grad, const Te
   return {activated, grad_hidden};
 }
 
+const int64_t* lengths_on_cuda(const OptionalTensor& lengths, const Tensor& x) {
+  if (!lengths) return nullptr;
+  check_on_cuda("lengths", *lengths, {x.size(0)}, ScalarType::Long, x);
+  STD_TORCH_CHECK(lengths->is_contiguous(), "lengths must be contiguous");
+  return static_cast<const int64_t*>(lengths->data_ptr());
+}
+
+Tensor conv_block_pad_cuda(const Tensor& x, OptionalTensor lengths, int64_t before, int64_t after) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3, "x must have shape [B, T, C] and be on a CUDA device");
+  STD_TORCH_CHECK(before >= 0 && after >= 0, "before and after must be >= 0, got ", before, " and ", after);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), before + x.size(1) + after, x.size(2)});
+  ConvBlockArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
+  args.x = sequence_of(x), args.lengths = lengths_on_cuda(lengths, x), args.out = out.data_ptr();
+  cuda::conv_block_pad(args, before, after, dtype_of(x), current_stream(x.get_device_index()));
+  return out;
+}
+
+// y is the convolution's output.
+ConvBlock conv_block_passes(const Tensor& y, const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias,
+                            const OptionalTensor& lengths, const ConvRule& rule) {
+  STD_TORCH_CHECK(y.is_cuda() && y.dim() == 3 && y.is_contiguous(),
+                  "y must be contiguous, have shape [B, T, C'] and be on a CUDA device");
+  ConvBlockArgs args{};
+  args.batch = y.size(0), args.frames = y.size(1), args.width = y.size(2);
+  check_on_cuda("bias", bias, {args.width}, y.scalar_type(), y);
+  check_on_cuda("norm_weight", norm_weight, {args.width}, y.scalar_type(), y);
+  check_on_cuda("norm_bias", norm_bias, {args.width}, y.scalar_type(), y);
+  STD_TORCH_CHECK(rule.groups >= 0 && (rule.groups == 0 || args.width % rule.groups == 0),
+                  "groups must be 0 or divide ", args.width, ", got ", rule.groups);
+  args.groups = rule.groups, args.causal = rule.causal, args.exact = rule.exact, args.eps = rule.eps;
+  args.lengths = lengths_on_cuda(lengths, y);
+  args.y = y.data_ptr();
+  ConvBlock op = {args, y, torch::stable::contiguous(bias), torch::stable::contiguous(norm_weight),
+                  torch::stable::contiguous(norm_bias)};
+  op.args.bias = op.bias.data_ptr();
+  op.args.norm_weight = op.norm_weight.data_ptr(), op.args.norm_bias = op.norm_bias.data_ptr();
+  return op;
+}
+
+std::vector<int64_t> statistics_shape(const ConvBlockArgs& args) {
+  return {args.batch, args.groups ? args.groups : args.frames};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_normalise_cuda(const Tensor& y, const Tensor& bias,
+                                                             const Tensor& norm_weight, const Tensor& norm_bias,
+                                                             OptionalTensor lengths, OptionalTensor time_bias,
+                                                             int64_t groups, bool causal, bool exact, double eps) {
+  auto [args, conv, b, scale, shift] =
+      conv_block_passes(y, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  OptionalTensor time;
+  if (time_bias) {
+    check_on_cuda("time_bias", *time_bias, {args.batch, args.width}, y.scalar_type(), y);
+    time = torch::stable::contiguous(*time_bias);
+    args.time_bias = time->data_ptr();
+  }
+  const int64_t chunks = groups ? cuda::conv_block_chunks(args) : 0;
+  Tensor out = torch::stable::new_empty(y, {args.batch, args.frames, args.width});
+  Tensor mean = torch::stable::new_empty(y, statistics_shape(args), wide_type(y));
+  Tensor rstd = torch::stable::new_empty(y, statistics_shape(args), wide_type(y));
+  Tensor moments = torch::stable::new_empty(y, {args.batch, chunks, 2, args.width}, wide_type(y));
+  args.out = out.data_ptr(), args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  ConvBlockPasses passes{};
+  passes.moments = moments.data_ptr();
+  cuda::conv_block_normalise(args, passes, dtype_of(y), current_stream(y.get_device_index()));
+  return {out, mean, rstd};
+}
+
+// dy with `before` frames of zeros before each row and `after` behind it, and the gradients of bias, norm_weight,
+// norm_bias and time_bias; `wanted` has a bit for each of these four, and one that is not wanted has the shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_normalise_backward_cuda(
+    const Tensor& grad, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& bias,
+    const Tensor& norm_weight, const Tensor& norm_bias, OptionalTensor lengths, int64_t groups, bool causal, bool exact,
+    int64_t before, int64_t after, int64_t wanted) {
+  auto [args, conv, b, scale, shift] =
+      conv_block_passes(y, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, 0});
+  check_on_cuda("grad", grad, {args.batch, args.frames, args.width}, y.scalar_type(), y);
+  check_on_cuda("mean", mean, statistics_shape(args), wide_type(y), y);
+  check_on_cuda("rstd", rstd, statistics_shape(args), wide_type(y), y);
+  STD_TORCH_CHECK(mean.is_contiguous() && rstd.is_contiguous(), "mean and rstd must be contiguous");
+  STD_TORCH_CHECK(before >= 0 && after >= 0, "before and after must be >= 0, got ", before, " and ", after);
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  args.grad = sequence_of(grad);
+  args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  const auto result = [&](int bit, std::vector<int64_t> shape, void*& data) {
+    const bool is_wanted = wanted >> bit & 1;
+    Tensor gradient = torch::stable::new_empty(y, is_wanted ? shape : std::vector<int64_t>{0});
+    data = is_wanted ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_bias = result(0, {args.width}, args.grad_bias);
+  Tensor grad_norm_weight = result(1, {args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = result(2, {args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = result(3, {args.batch, args.width}, args.grad_time_bias);
+  Tensor dy = torch::stable::new_empty(y, {args.batch, before + args.frames + after, args.width});
+  Tensor sums = torch::stable::new_empty(y, {4, args.batch, cuda::conv_block_chunks(args), args.width}, wide_type(y));
+  Tensor means = torch::stable::new_empty(y, {args.batch, groups ? groups : args.frames, 2}, wide_type(y));
+  const ConvBlockPasses passes = {nullptr, sums.data_ptr(), means.data_ptr(), dy.data_ptr(), before, after};
+  cuda::conv_block_differentiate(args, passes, dtype_of(y), current_stream(y.get_device_index()));
+  return {dy, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
+}
+
 #endif
 
 }  // namespace
@@ -973,6 +1077,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) {
   m.impl("gate_backward", TORCH_BOX(&gate_backward_cuda));
   m.impl("activation_forward", TORCH_BOX(&activation_forward_cuda));
   m.impl("activation_backward", TORCH_BOX(&activation_backward_cuda));
+  m.impl("conv_block_pad", TORCH_BOX(&conv_block_pad_cuda));
+  m.impl("conv_block_normalise", TORCH_BOX(&conv_block_normalise_cuda));
+  m.impl("conv_block_normalise_backward", TORCH_BOX(&conv_block_normalise_backward_cuda));
 }
 #endif
 

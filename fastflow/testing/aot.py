@@ -54,6 +54,14 @@ CEILINGS = {
     "gate_backward_kernel": Ceiling(registers=64, shared=1 * KIB),
     "activation_forward_kernel": Ceiling(registers=64, shared=0),
     "activation_backward_kernel": Ceiling(registers=64, shared=0),
+    "conv_block_convolve_kernel": Ceiling(registers=136, shared=64 * KIB),
+    "conv_block_weight_kernel": Ceiling(registers=208, shared=64 * KIB),
+    "conv_block_normalise_groups_kernel": Ceiling(registers=80, shared=4 * KIB),
+    "conv_block_differentiate_groups_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "conv_block_centre_groups_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "conv_block_normalise_frames_kernel": Ceiling(registers=72, shared=4 * KIB),
+    "conv_block_differentiate_frames_kernel": Ceiling(registers=120, shared=8 * KIB),
+    "conv_block_sums_kernel": Ceiling(registers=48, shared=4 * KIB),
 }
 
 
@@ -176,12 +184,34 @@ def launch_feed_forward() -> Iterator[str]:
         yield f"{dtype} {activation}"
 
 
+def launch_conv_block() -> Iterator[str]:
+    """Launch the kernels of conv_block: 320 -> 256 channels, with 8 groups in CosyVoice 1 and LayerNorm in 2.
+
+    float16, whose code is that of bfloat16 with another type of product, is launched once, for one architecture.
+    """
+    from fastflow.kernels import conv_block as kernels
+
+    batch, frames, channels, width = 4, 500, 320, 256
+    lengths = _empty(batch, dtype=torch.int64)
+    for dtype, groups in ((torch.float16, 8), *itertools.product((torch.bfloat16, torch.float32), (8, 0))):
+        x, y = (_empty(batch, frames, size, dtype=dtype) for size in (channels, width))
+        vector, time = _empty(width, dtype=dtype), _empty(batch, width, dtype=dtype)
+        parameters = _empty(width, channels, 3, dtype=dtype), vector, vector, vector, lengths
+        rule = groups, not groups, False, 1e-5
+        statistics = _empty(batch, groups or frames)
+        kernels.conv_block(x, *parameters, time, *rule, True)
+        kernels.conv_block_backward(y, y, statistics, statistics, x, *parameters, *rule, 0b111111)
+        only = ONLY_90 if dtype == torch.float16 else ""
+        yield f"{only}{dtype} {f'{groups} groups' if groups else 'LayerNorm'}"
+
+
 LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "interpolate": launch_interpolate,
     "attention": launch_attention,
     "norm": launch_norm,
     "projection": launch_projection,
     "feed_forward": launch_feed_forward,
+    "conv_block": launch_conv_block,
 }
 
 
