@@ -214,6 +214,8 @@ class DiT(nn.Module):
         num_decoding_left_chunks: ignored, as upstream does: all chunks to the left are seen.
     """
 
+    ignores_padding = True  # frames that the mask hides change no other frame
+
     def __init__(
         self,
         *,

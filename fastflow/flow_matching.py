@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastflow import graphs
 from fastflow.checks import readable
 from fastflow.ops.euler_step import euler_step
 
@@ -162,7 +163,12 @@ class ConditionalCFM(nn.Module):
         cfm_params: ``t_scheduler``, ``training_cfg_rate``, ``inference_cfg_rate`` and ``sigma_min`` as a dict, a
             namespace or an omegaconf DictConfig.
         estimator: called with (x, mask, mu, t, spks, cond, streaming=...).
+
+    Set ``cuda_graphs`` to False, or the environment variable FASTFLOW_CUDA_GRAPHS to 0 before the start, and inference
+    on a GPU makes no CUDA graphs (:mod:`fastflow.graphs`).
     """
+
+    cuda_graphs = graphs.ENABLED
 
     def __init__(
         self,
@@ -229,7 +235,7 @@ class ConditionalCFM(nn.Module):
         new_cache = torch.stack(
             [torch.cat([y[:, :, :prompt_len], y[:, :, -CACHED_FRAMES:]], 2) for y in (z, mu)], dim=-1
         )
-        return self.solve(z, t_span, mu, mask, spks, cond, method=method, cfg_rate=cfg_rate), new_cache
+        return self._infer(z, t_span, mu, mask, spks, cond, False, method, cfg_rate), new_cache
 
     def _times(
         self,
@@ -245,6 +251,26 @@ class ConditionalCFM(nn.Module):
         if schedule is None:
             schedule = "cosine" if self.t_scheduler == "cosine" else "linear"
         return time_grid(schedule, n_timesteps, sway_coefficient=sway_coefficient, device=mu.device, dtype=mu.dtype)
+
+    def _infer(
+        self,
+        x: Tensor,
+        t_span: Tensor,
+        mu: Tensor,
+        mask: Tensor,
+        spks: Tensor | None,
+        cond: Tensor | None,
+        streaming: bool,
+        method: str,
+        cfg_rate: float | None,
+    ) -> Tensor:
+        """:meth:`solve`, by a CUDA graph where that may be."""
+        inputs = {"x": x, "t_span": t_span, "mu": mu, "mask": mask, "spks": spks, "cond": cond}
+        rate = self.inference_cfg_rate if cfg_rate is None else cfg_rate
+        options = {"streaming": streaming, "method": method, "cfg_rate": rate}
+        if self.cuda_graphs and graphs.wanted(self.estimator, x):
+            return graphs.run(graphs.cache_of(self), self.estimator, self.solve, inputs, options)
+        return self.solve(**inputs, **options)  # type: ignore[arg-type]
 
     def solve_euler(
         self,
@@ -265,8 +291,8 @@ class ConditionalCFM(nn.Module):
         t_span: Tensor,
         mu: Tensor,
         mask: Tensor,
-        spks: Tensor | None,
-        cond: Tensor | None,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
         streaming: bool = False,
         *,
         method: str = "euler",
@@ -430,4 +456,4 @@ class CausalConditionalCFM(ConditionalCFM):
         # The copy to a GPU is only queued: the host does not wait for it.
         z = self.rand_noise[:, :, :frames].contiguous().to(mu.device, mu.dtype, non_blocking=True) * temperature
         z = z.expand(mu.shape[0], -1, -1)
-        return self.solve(z, t_span, mu, mask, spks, cond, streaming, method=method, cfg_rate=cfg_rate), None
+        return self._infer(z, t_span, mu, mask, spks, cond, streaming, method, cfg_rate), None

@@ -206,6 +206,7 @@ class ConditionalDecoder(nn.Module):
     """
 
     causal = False
+    ignores_padding = False  # frames that the mask hides change the others, since GroupNorm counts them
     down_blocks: Any
     up_blocks: Any
 
@@ -336,6 +337,7 @@ class CausalConditionalDecoder(ConditionalDecoder):
     """
 
     causal = True
+    ignores_padding = True
 
     def __init__(
         self,
