@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, TypedDict
 
 import torch
@@ -51,7 +52,7 @@ class SolverOptions(TypedDict, total=False):
 
 def _is_number(x: object, smallest: float, largest: float = math.inf) -> bool:
     """Whether ``x`` is a finite number in this range."""
-    return isinstance(x, (int, float)) and math.isfinite(x) and smallest <= x <= largest
+    return isinstance(x, Real) and math.isfinite(x) and smallest <= float(x) <= largest
 
 
 def _explicit_times(schedule: Sequence[float] | Tensor, n_timesteps: int | None) -> Tensor:
@@ -82,8 +83,8 @@ def time_grid(
 
     Args:
         schedule: ``"linear"``: ``u = 0, 1/n, ..., 1``; ``"cosine"``: ``1 - cos(u * pi / 2)``, upstream's; ``"sway"``:
-            ``u + s * (cos(u * pi / 2) - 1 + u)``, the sway sampling of F5-TTS (arXiv 2410.06885, equation 7), which for
-            s = -1 is the cosine schedule and for s = 0 the linear one; or the times themselves, n + 1 of them.
+            ``u + s * (cos(u * pi / 2) - 1 + u)``, the sway sampling of F5-TTS (arXiv 2410.06885), which for s = -1
+            is the cosine schedule and for s = 0 the linear one; or the times themselves, n + 1 of them.
         n_timesteps: n; None where ``schedule`` holds the times.
         sway_coefficient: s, in [-1, 1.75]: below 0 the steps are short where t is small.
 
@@ -98,7 +99,7 @@ def time_grid(
         return _explicit_times(schedule, n_timesteps).to(device, dtype, non_blocking=True)
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or times from 0 to 1; got {schedule!r}")
-    if not isinstance(n_timesteps, int) or n_timesteps < 1:
+    if not isinstance(n_timesteps, Integral) or n_timesteps < 1:
         raise ValueError(f"n_timesteps must be a whole number >= 1, got {n_timesteps!r}")
     if not _is_number(sway_coefficient, *SWAY):
         raise ValueError(f"sway_coefficient must lie in [{SWAY[0]:.0f}, {SWAY[1]:.4f}], got {sway_coefficient!r}")

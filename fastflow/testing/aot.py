@@ -43,7 +43,7 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
-    "euler_step_kernel": Ceiling(registers=64, shared=0),
+    "euler_step_kernel": Ceiling(registers=40, shared=0),
     "attention_forward_kernel": Ceiling(registers=240, shared=96 * KIB),
     "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
     "attention_backward_kv_kernel": Ceiling(registers=255, shared=96 * KIB),
