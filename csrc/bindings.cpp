@@ -19,6 +19,7 @@
 #include "build_info.h"
 #include "conv_block.h"
 #include "cpu/kernels.h"
+#include "euler_step.h"
 #include "interpolate.h"
 #include "linear.h"
 
@@ -757,6 +758,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_c
   return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
 }
 
+// ------------------------------------------------------------------------------------------------ euler_step
+struct EulerStep {
+  EulerStepArgs args;
+  Dtype x, velocity;
+  Tensor after, doubled;
+};
+
+EulerStep prepare_euler_step(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must have shape [B, T, C], got ", x.dim(), " dimensions");
+  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2);
+  const std::vector<int64_t> shape = {batch, frames, channels}, doubled_shape = {2 * batch, frames, channels};
+  STD_TORCH_CHECK(velocity.dim() == 3 && velocity.size(0) == 2 * batch && velocity.size(1) == frames &&
+                      velocity.size(2) == channels,
+                  "velocity must have shape ", shape_text(doubled_shape));
+  const Dtype of_x = dtype_of(x), of_velocity = dtype_of(velocity);
+  const bool same = of_x == of_velocity;
+  STD_TORCH_CHECK(same || (of_x == Dtype::float32 && of_velocity != Dtype::float64),
+                  "velocity must have the dtype of x, or 16 bits where x is float32");
+  STD_TORCH_CHECK(dt.numel() == 1 && dt.scalar_type() == x.scalar_type(), "dt must be one number of the dtype of x");
+  STD_TORCH_CHECK(velocity.device() == x.device() && dt.device() == x.device(),
+                  "velocity and dt must be on the device of x");
+  Tensor after = torch::stable::new_empty(x, same ? std::vector<int64_t>{0} : shape);
+  Tensor doubled = torch::stable::new_empty(velocity, doubled_shape);
+  const EulerStepArgs args = {batch,
+                              frames,
+                              channels,
+                              x.data_ptr(),
+                              {x.stride(0), x.stride(1), x.stride(2)},
+                              velocity.data_ptr(),
+                              {velocity.stride(0), velocity.stride(1), velocity.stride(2)},
+                              dt.data_ptr(),
+                              rate,
+                              same ? nullptr : after.data_ptr(),
+                              doubled.data_ptr()};
+  return {args, of_x, of_velocity, after, doubled};
+}
+
+std::tuple<Tensor, Tensor> euler_step_cpu(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  const EulerStep op = prepare_euler_step(x, velocity, dt, rate);
+  const auto run = cpu::kernels().euler_step;
+  const int64_t grain = max_of(1, kGrain / max_of(1, op.args.channels));
+  torch::stable::parallel_for(0, op.args.batch * op.args.frames, grain,
+                              [&](int64_t begin, int64_t end) { run(op.args, op.x, op.velocity, begin, end); });
+  return {op.after, op.doubled};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -1047,6 +1095,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_normalise_backward
   return {dy, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
 }
 
+std::tuple<Tensor, Tensor> euler_step_cuda(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+  const EulerStep op = prepare_euler_step(x, velocity, dt, rate);
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::euler_step(op.args, op.x, op.velocity, current_stream(device));
+  return {op.after, op.doubled};
+}
+
 #endif
 
 }  // namespace
@@ -1065,6 +1122,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
+  m.impl("euler_step", TORCH_BOX(&euler_step_cpu));
 }
 
 #ifdef FASTFLOW_CUDA
@@ -1080,6 +1138,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) {
   m.impl("conv_block_pad", TORCH_BOX(&conv_block_pad_cuda));
   m.impl("conv_block_normalise", TORCH_BOX(&conv_block_normalise_cuda));
   m.impl("conv_block_normalise_backward", TORCH_BOX(&conv_block_normalise_backward_cuda));
+  m.impl("euler_step", TORCH_BOX(&euler_step_cuda));
 }
 #endif
 

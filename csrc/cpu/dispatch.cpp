@@ -28,7 +28,8 @@ namespace {
    &capability::activation_backward,    \
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
-   &capability::conv_block_run}
+   &capability::conv_block_run,         \
+   &capability::euler_step}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

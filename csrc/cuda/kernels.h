@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../conv_block.h"
+#include "../euler_step.h"
 #include "../interpolate.h"
 #include "../linear.h"
 
@@ -29,5 +30,7 @@ void conv_block_pad(const ConvBlockArgs& args, int64_t before, int64_t after, Dt
 int64_t conv_block_chunks(const ConvBlockArgs& args);
 void conv_block_normalise(const ConvBlockArgs& args, const ConvBlockPasses& passes, Dtype dtype, void* stream);
 void conv_block_differentiate(const ConvBlockArgs& args, const ConvBlockPasses& passes, Dtype dtype, void* stream);
+// The dtypes of x and velocity: equal, or float32 and one of 16 bits.
+void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, void* stream);
 
 }  // namespace fastflow::cuda

@@ -44,6 +44,7 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
+    "euler_step_kernel": Ceiling(registers=40, shared=0),
     "attention_forward_kernel": Ceiling(registers=240, shared=96 * KIB),
     "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
     "attention_backward_kv_kernel": Ceiling(registers=255, shared=96 * KIB),
@@ -205,6 +206,19 @@ def launch_conv_block() -> Iterator[str]:
         yield f"{only}{dtype} {f'{groups} groups' if groups else 'LayerNorm'}"
 
 
+def launch_euler_step() -> Iterator[str]:
+    """Launch the kernel of euler_step for every pair of dtypes."""
+    from fastflow.kernels.euler_step import euler_step
+
+    mixed = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+    for dtype, low in [*((dtype, dtype) for dtype in sorted(FLOATS, key=str)), *mixed]:
+        x, velocity = _empty(1, 300, 80, dtype=dtype), _empty(2, 300, 80, dtype=low)
+        euler_step(x, velocity, _empty(dtype=dtype), 0.7)
+        yield f"{dtype} {low}"
+    euler_step(_empty(1, 80, 301).transpose(1, 2), _empty(2, 80, 301).transpose(1, 2), _empty(), 0.7)
+    yield "channels first, odd size"
+
+
 LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "interpolate": launch_interpolate,
     "attention": launch_attention,
@@ -212,6 +226,7 @@ LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "projection": launch_projection,
     "feed_forward": launch_feed_forward,
     "conv_block": launch_conv_block,
+    "euler_step": launch_euler_step,
 }
 
 
