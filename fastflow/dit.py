@@ -1,5 +1,6 @@
 """The diffusion transformer estimator of CosyVoice 3, on ``[B, T, C]``.  The key of every parameter is upstream's."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,11 +9,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, project_residual
-from fastflow.ops.attention import attention
-from fastflow.ops.feed_forward import feed_forward
+from fastflow.layers import active, attend, feed_forward_residual, project_residual
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.recompute import Block, Recomputing
 from fastflow.unet import time_features
 
 TIME_FEATURES = 256
@@ -106,7 +106,7 @@ def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv
 
 
-class Attention(nn.Module):
+class Attention(Recomputing):
     """Self-attention with bias everywhere; the output is zero past a row's length."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, dropout: float) -> None:
@@ -120,7 +120,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        norm: Norm | None,
+        norm: Norm,
         gate: Tensor | None,
         lengths: Tensor,
         chunk_size: int,
@@ -128,15 +128,30 @@ class Attention(nn.Module):
     ) -> Tensor:
         """``x + gate * attention(norm(x))``; padding holds arbitrary values."""
         parts = (self.to_q, self.to_k, self.to_v)
-        qkv = projection(x, [part.weight for part in parts], [part.bias for part in parts], norm=norm)
-        qkv = rotate_first_head(qkv.unflatten(-1, (3, self.heads, -1)), *rotary)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = attention(q, k, v, lengths=lengths, chunk_size=chunk_size, padded_queries=False)
+        out = attend(
+            functools.partial(self._heads, norm.eps),
+            x,
+            norm.scale,
+            norm.shift,
+            *rotary,
+            *(part.weight for part in parts),
+            *(part.bias for part in parts),
+            keep_heads=self.keeps_products,
+            lengths=lengths,
+            chunk_size=chunk_size,
+            padded_queries=False,
+        )
         last: Any = self.to_out[0]
-        return project_residual(x, out.transpose(1, 2).flatten(2), last, self.to_out[1], gate)
+        return project_residual(x, out, last, self.to_out[1], gate)
+
+    def _heads(
+        self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, cos: Tensor, sin: Tensor, *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        qkv = projection(x, parts[:3], parts[3:], norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
+        return rotate_first_head(qkv, cos, sin).permute(2, 0, 3, 1, 4).unbind()
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recomputing):
     """Linear, GELU (tanh form), dropout, linear."""
 
     def __init__(self, dim: int, mult: int, dropout: float) -> None:
@@ -147,12 +162,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None) -> Tensor:
         """``x + gate * feed_forward(norm(x))``."""
         layers: Any = self.ff
-        inner, dropout, outer = layers[0][0], layers[1], layers[2]
-        if active(dropout):
-            h = dropout(F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm), approximate="tanh"))
-            return projection(h, [outer.weight], [outer.bias], residual=x, gate=gate)
-        weights = inner.weight, inner.bias, outer.weight, outer.bias
-        return feed_forward(x, *weights, activation="gelu_tanh", norm=norm, gate=gate)
+        inner, dropouts, outer = layers[0][0], (layers[1], None), layers[2]
+        return feed_forward_residual(
+            x, inner, outer, dropouts, activation="gelu_tanh", norm=norm, gate=gate, keep_hidden=self.keeps_products
+        )
 
 
 class AdaLayerNorm(nn.Module):
@@ -171,7 +184,7 @@ def modulated(shift: Tensor, scale: Tensor) -> Norm:
     return Norm(1 + scale, shift, 1e-6)
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(Block):
     """Attention and feed-forward, each modulated before and gated after; order: shift, scale, gate, twice."""
 
     def __init__(self, dim: int, heads: int, dim_head: int, ff_mult: int, dropout: float) -> None:
@@ -180,7 +193,11 @@ class DiTBlock(nn.Module):
         self.attn = Attention(dim, heads, dim_head, dropout)
         self.ff = FeedForward(dim, ff_mult, dropout)
 
-    def forward(
+    @property
+    def draws(self) -> bool:
+        return active(self.attn.to_out[1]) or active(self.ff.ff[1])
+
+    def _compute(  # type: ignore[override]
         self, x: Tensor, modulation: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
@@ -197,7 +214,7 @@ class Invariants(NamedTuple):
     rotary: tuple[Tensor, Tensor]
 
 
-class DiT(nn.Module):
+class DiT(Recomputing):
     """The estimator of CosyVoice 3.
 
     Args:

@@ -1,5 +1,6 @@
 """The token encoders: conformer (CosyVoice 1), upsampling conformer (CosyVoice 2) and pre-lookahead (CosyVoice 3)."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -7,13 +8,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from fastflow.layers import active, project_residual
-from fastflow.ops.attention import RelativePosition, attention, length_mask, upstream_lengths
-from fastflow.ops.feed_forward import feed_forward
+from fastflow.layers import attend, feed_forward_residual, project_residual
+from fastflow.ops.attention import length_mask, upstream_lengths
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.recompute import Block, Recomputing
 
 
 def relative_positions(frames: int, width: int, like: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def relative_positions(frames: int, width: int, like: Tensor) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)[None].to(like.dtype)
 
 
-class RelPositionMultiHeadedAttention(nn.Module):
+class RelPositionMultiHeadedAttention(Recomputing):
     """Conformer self-attention with relative positions; ``linear_pos`` has no bias."""
 
     def __init__(self, heads: int, width: int, dropout_rate: float, key_bias: bool) -> None:
@@ -47,21 +47,42 @@ class RelPositionMultiHeadedAttention(nn.Module):
         self, x: Tensor, norm: Norm | None, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool
     ) -> Tensor:
         """The heads' outputs for ``norm(x)`` side by side, before ``linear_out``."""
+        scale, shift, eps = (None, None, None) if norm is None else norm
         parts = (self.linear_q, self.linear_k, self.linear_v)
-        qkv = projection(x, [part.weight for part in parts], [part.bias for part in parts], norm=norm)
-        q, k, v = qkv.unflatten(-1, (3, self.h, self.d_k)).permute(2, 0, 3, 1, 4)
-        position = self.linear_pos(pos_emb)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
-        out = attention(
-            q,
-            k,
-            v,
+        return attend(
+            functools.partial(self._heads, eps),
+            x,
+            scale,
+            shift,
+            pos_emb,
+            self.linear_pos.weight,
+            self.pos_bias_u,
+            self.pos_bias_v,
+            *(part.weight for part in parts),
+            *(part.bias for part in parts),
+            keep_heads=self.keeps_products,
             lengths=lengths,
             chunk_size=chunk_size,
-            rel_pos=RelativePosition(position, self.pos_bias_u.to(q.dtype), self.pos_bias_v.to(q.dtype)),
             dropout_p=self.dropout_rate if self.training else 0.0,
             padded_queries=padded_queries,
         )
-        return out.transpose(1, 2).flatten(2)
+
+    def _heads(
+        self,
+        eps: float | None,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        pos_emb: Tensor,
+        pos_weight: Tensor,
+        bias_u: Tensor,
+        bias_v: Tensor,
+        *parts: Tensor,
+    ) -> tuple[Tensor, ...]:
+        norm = None if eps is None else Norm(scale, shift, eps)
+        qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.h, self.d_k))
+        position = F.linear(pos_emb, pos_weight)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
+        return *qkv.permute(2, 0, 3, 1, 4), position, bias_u.to(qkv.dtype), bias_v.to(qkv.dtype)
 
 
 class PositionwiseFeedForward(nn.Module):
@@ -74,7 +95,7 @@ class PositionwiseFeedForward(nn.Module):
         self.w_2 = nn.Linear(hidden, width)
 
 
-class ConformerEncoderLayer(nn.Module):
+class ConformerEncoderLayer(Block):
     """Pre-norm self-attention and feed-forward, without macaron and convolution parts."""
 
     def __init__(
@@ -91,17 +112,21 @@ class ConformerEncoderLayer(nn.Module):
         self.norm_mha = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(dropout_rate)
 
-    def forward(
+    @property
+    def draws(self) -> bool:
+        return self.training and any((self.dropout.p, self.feed_forward.dropout.p, self.self_attn.dropout_rate))
+
+    def _compute(  # type: ignore[override]
         self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
     ) -> Tensor:
         norm = Norm(self.norm_mha.weight, self.norm_mha.bias, self.norm_mha.eps)
         h = self.self_attn(x, norm, lengths, chunk_size, pos_emb, padded_queries)
         x = project_residual(x, h, self.self_attn.linear_out, self.dropout)
         norm, ff = Norm(self.norm_ff.weight, self.norm_ff.bias, self.norm_ff.eps), self.feed_forward
-        if active(ff.dropout) or active(self.dropout):
-            h = ff.dropout(F.silu(projection(x, [ff.w_1.weight], [ff.w_1.bias], norm=norm)))
-            return project_residual(x, h, ff.w_2, self.dropout)
-        return feed_forward(x, ff.w_1.weight, ff.w_1.bias, ff.w_2.weight, ff.w_2.bias, activation="silu", norm=norm)
+        dropouts = ff.dropout, self.dropout
+        return feed_forward_residual(
+            x, ff.w_1, ff.w_2, dropouts, activation="silu", norm=norm, keep_hidden=self.keeps_products
+        )
 
 
 class LinearEmbed(nn.Module):
@@ -131,15 +156,15 @@ _FIXED = {
 }
 
 
-class ConformerEncoder(nn.Module):
+class ConformerEncoder(Recomputing):
     """The token encoder of CosyVoice 1.
 
     The constructor takes upstream's arguments.  Of the architecture switches only the published values exist:
     ``input_layer="linear"``, ``pos_enc_layer_type="rel_pos_espnet"``, ``selfattention_layer_type="rel_selfattn"``,
     ``activation_type="swish"``, ``normalize_before=True``, ``macaron_style=False``, ``use_cnn_module=False``; any
-    other raises ValueError.  ``gradient_checkpointing`` keeps only the input of each layer for the backward pass in
-    training mode (not in :class:`UpsampleConformerEncoder`, as upstream).  Arguments that upstream ignores for the
-    published values are ignored here.
+    other raises ValueError.  ``gradient_checkpointing`` is another name for ``recompute = "block"`` (and has no effect
+    in :class:`UpsampleConformerEncoder`, as upstream).  Arguments that upstream ignores for the published values are
+    ignored here.
     """
 
     def __init__(
@@ -181,7 +206,6 @@ class ConformerEncoder(nn.Module):
             raise ValueError(f"output_size {output_size} is not a multiple of attention_heads {attention_heads}")
         self._output_size = output_size
         self.static_chunk_size = static_chunk_size
-        self.gradient_checkpointing = gradient_checkpointing
         self.embed = LinearEmbed(input_size, output_size, dropout_rate, positional_dropout_rate)
         self.after_norm = nn.LayerNorm(output_size, eps=1e-5)
 
@@ -197,6 +221,16 @@ class ConformerEncoder(nn.Module):
             )
 
         self._build_layers(layers, num_blocks, dropout_rate, positional_dropout_rate)
+        self.gradient_checkpointing = gradient_checkpointing and not isinstance(self, UpsampleConformerEncoder)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether the memory mode is ``"block"``."""
+        return self.recompute == "block"
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.recompute = "block" if value else "none"
 
     def _build_layers(
         self,
@@ -228,10 +262,7 @@ class ConformerEncoder(nn.Module):
         x, pos_emb = self.embed(xs)
         lengths = upstream_lengths(xs_lens, xs.shape[1])
         for layer in self.encoders:
-            if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, lengths, self.static_chunk_size, pos_emb, use_reentrant=False)
-            else:
-                x = layer(x, lengths, self.static_chunk_size, pos_emb)
+            x = layer(x, lengths, self.static_chunk_size, pos_emb)
         return self.after_norm(x), length_mask(xs_lens, xs.shape[1])[:, None]
 
 
@@ -328,9 +359,9 @@ class UpsampleConformerEncoder(ConformerEncoder):
             context, _ = self.embed(context)
         x = self.pre_lookahead_layer(x, context)
         for layer in self.encoders:
-            x = layer(x, xs_lens, chunk, pos_emb, padded_queries=False)
+            x = layer(x, xs_lens, chunk, pos_emb, False)
         x, pos_emb = self.up_embed(self.up_layer(x))
         lengths = 2 * xs_lens
         for layer in self.up_encoders:
-            x = layer(x, lengths, 2 * chunk, pos_emb, padded_queries=False)
+            x = layer(x, lengths, 2 * chunk, pos_emb, False)
         return self.after_norm(x), length_mask(lengths, x.shape[1])[:, None]

@@ -2,12 +2,13 @@
 
 ``forward(batch, device)`` is the training step's loss, ``inference(...)`` synthesises one utterance.  Randomness
 follows upstream's contract: Python's ``random`` for the streaming choice and the condition prefixes, torch's generator
-for the time, the noise and the guidance dropout, in upstream's order.
+for the time, the noise and the guidance dropout, in upstream's order.  With ``randomness = "device"`` the prefixes come
+from torch's generator too, so that a step reads nothing back from the device even if the batch lives there.
 """
 
 import random
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
-from fastflow.length_regulator import mel_frames
+from fastflow.length_regulator import MEL_RATE, implied_frames, mel_frames
+from fastflow.lengths import POLICIES, Policy, check_tolerance, resample
 from fastflow.ops.attention import length_mask
+from fastflow.recompute import Recomputing
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from fastflow.flow_matching import SolverOptions
 
 N_TIMESTEPS = 10
+Randomness = Literal["upstream", "device"]
+RANDOMNESS: tuple[str, ...] = get_args(Randomness)
 
 
 def longest_prefix(frames: int) -> int:
@@ -31,13 +36,46 @@ def longest_prefix(frames: int) -> int:
     return int(0.3 * frames)
 
 
-def _condition_prefixes(feat_len: Tensor) -> list[int]:
+def _condition_prefixes(feat_len: Tensor) -> Tensor:
     """Frames revealed to each row: none with probability 1/2, else uniform in 0..30 % (upstream's draws in order)."""
-    return [0 if random.random() < 0.5 else random.randint(0, longest_prefix(frames)) for frames in feat_len.tolist()]
+    lengths = feat_len.tolist()
+    return torch.tensor([0 if random.random() < 0.5 else random.randint(0, longest_prefix(n)) for n in lengths])
 
 
-class _Flow(nn.Module):
-    """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls."""
+def _drawn_prefixes(feat_len: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same distribution from torch's generator, on the device of ``feat_len`` and without looking at it."""
+    reveal, share = torch.rand(2, feat_len.shape[0], device=feat_len.device, generator=generator)
+    longest = (0.3 * feat_len).long()
+    return torch.where(reveal < 0.5, 0, torch.minimum((share * (longest + 1)).long(), longest))
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+
+
+def _cut(
+    batch: Mapping[str, Tensor], token_len: Tensor, feat_len: Tensor, tokens: int, frames: int
+) -> dict[str, Tensor]:
+    """Tokens and mel cut to shorter lengths and widths."""
+    return {
+        "speech_token": batch["speech_token"][:, :tokens],
+        "speech_token_len": token_len,
+        "speech_feat": batch["speech_feat"][:, :frames],
+        "speech_feat_len": feat_len,
+    }
+
+
+class _Flow(Recomputing):
+    """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls.
+
+    Attributes:
+        length_tolerance: mel frames that a row may differ from what its tokens imply; None: any number.
+    """
+
+    length_tolerance: int | None = None
+    _randomness: Randomness = "upstream"
+    _on_length_mismatch: Policy = "error"
 
     encoder: Any
     length_regulator: Any
@@ -64,6 +102,45 @@ class _Flow(nn.Module):
         self.input_embedding = nn.Embedding(vocab_size, input_size)
         self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
 
+    @property
+    def randomness(self) -> Randomness:
+        """Where a training step draws its condition prefixes: ``"upstream"``, from Python's ``random`` as upstream does
+        (which reads ``speech_feat_len``), or ``"device"``, from torch's generator."""
+        return self._randomness
+
+    @randomness.setter
+    def randomness(self, value: Randomness) -> None:
+        _choice("randomness", value, RANDOMNESS)
+        self._randomness = value
+
+    @property
+    def on_length_mismatch(self) -> Policy:
+        """What a training step does with mel and tokens of lengths that do not belong together.
+
+        ``"error"`` raises, in CosyVoice 1 only beyond ``length_tolerance``, as its length regulator stretches.
+        ``"trim"`` cuts each row to the shorter of the two.  ``"interpolate"`` stretches the mel of each row to what its
+        tokens imply (CosyVoice 1 stretches the tokens, as it always does).  Both raise beyond ``length_tolerance``.
+        """
+        return self._on_length_mismatch
+
+    @on_length_mismatch.setter
+    def on_length_mismatch(self, value: Policy) -> None:
+        _choice("on_length_mismatch", value, POLICIES)
+        self._on_length_mismatch = value
+
+    def _implied_frames(self, token_len: Tensor) -> Tensor:
+        """Mel frames that a row of so many tokens stands for."""
+        raise NotImplementedError
+
+    def _match(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with lengths that belong together, by :attr:`on_length_mismatch`."""
+        frames, implied = batch["speech_feat_len"], self._implied_frames(batch["speech_token_len"])
+        check_tolerance(frames, implied, self.length_tolerance)
+        return dict(batch) if self.on_length_mismatch == "error" else dict(batch) | self._matched(batch, implied)
+
+    def _matched(self, batch: Mapping[str, Tensor], implied: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
     def _speaker(self, embedding: Tensor) -> Tensor:
         return self.spk_embed_affine_layer(F.normalize(embedding, dim=1))
 
@@ -80,6 +157,11 @@ class _Flow(nn.Module):
         for name, x in ((feat_name, feat), ("embedding", embedding)):
             check_floats(name, x, self.spk_embed_affine_layer.weight)
 
+    def _prepared(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+        """The batch checked, with matching lengths, where it came from."""
+        self._check_batch(batch, device)
+        return self._match(batch)
+
     def _check_batch(self, batch: Mapping[str, Tensor], device: torch.device | str) -> None:
         names = ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
         if missing := [name for name in names if name not in batch]:
@@ -91,7 +173,8 @@ class _Flow(nn.Module):
         check_lengths("speech_token_len", token_len, rows, tokens, "speech_token")
         check_shape("speech_feat", feat, (rows, None, self.output_size))
         check_lengths("speech_feat_len", feat_len, rows, feat.shape[1], "speech_feat", fill=self._feat_must_fill)
-        self._check_frames(tokens, feat.shape[1])
+        if self.on_length_mismatch == "error":
+            self._check_frames(tokens, feat.shape[1])
         self._check_common(token, feat, embedding, "speech_feat")
         parameter = self.spk_embed_affine_layer.weight
         if torch.device(device).type != parameter.device.type:
@@ -105,14 +188,25 @@ class _Flow(nn.Module):
         if frames != ratio * tokens:
             raise ValueError(
                 f"speech_feat has {frames} frames but {tokens} tokens need {ratio} each, {ratio * tokens}: "
-                "trim or pad the waveform to whole tokens before the mel"
+                "trim or pad the waveform to whole tokens before the mel, or set on_length_mismatch of the flow to "
+                "'trim' or 'interpolate'"
             )
 
     def _loss(
-        self, batch: Mapping[str, Tensor], feat: Tensor, mask: Tensor, h: Tensor, spks: Tensor, **streaming: bool
+        self,
+        feat_len: Tensor,
+        feat: Tensor,
+        mask: Tensor,
+        h: Tensor,
+        spks: Tensor,
+        generator: torch.Generator | None,
+        **streaming: bool,
     ) -> dict[str, Tensor]:
         """Draw the condition and evaluate the decoder's loss; feat and h are ``[B, T, 80]``, mask ``[B, T]`` bool."""
-        prefix = torch.tensor(_condition_prefixes(batch["speech_feat_len"])).to(feat.device)
+        if self.randomness == "device":
+            prefix = _drawn_prefixes(feat_len.to(feat.device, non_blocking=True), generator)
+        else:
+            prefix = _condition_prefixes(feat_len).to(feat.device, non_blocking=True)
         cond = feat.masked_fill(~length_mask(prefix, feat.shape[1])[..., None], 0.0)
         loss, _ = self.decoder.compute_loss(
             feat.transpose(1, 2).contiguous(),
@@ -120,6 +214,7 @@ class _Flow(nn.Module):
             h.transpose(1, 2).contiguous(),
             spks,
             cond=cond.transpose(1, 2),
+            **({} if generator is None else {"generator": generator}),
             **streaming,
         )
         return {"loss": loss}
@@ -212,13 +307,34 @@ class MaskedDiffWithXvec(_Flow):
     def _check_frames(self, tokens: int, frames: int) -> None:
         """The length regulator stretches to any number of frames."""
 
-    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    def _implied_frames(self, token_len: Tensor) -> Tensor:
+        return implied_frames(token_len, self.input_frame_rate)
+
+    def _matched(self, batch: Mapping[str, Tensor], implied: Tensor) -> dict[str, Tensor]:
+        if self.on_length_mismatch == "interpolate":
+            return {}
+        token_len, feat_len = batch["speech_token_len"], batch["speech_feat_len"]
+        if not (readable(token_len) and readable(feat_len)):
+            raise ValueError(
+                "on_length_mismatch 'trim' of CosyVoice 1 needs speech_token_len and speech_feat_len on the CPU, got "
+                f"{token_len.device} and {feat_len.device}: its length regulator stretches to the longest row"
+            )
+        feat_len = torch.minimum(feat_len, implied.clamp(min=1).to(feat_len))
+        needed = torch.ceil(feat_len.double() / MEL_RATE * self.input_frame_rate)
+        token_len = torch.minimum(token_len, needed.to(token_len))
+        return _cut(batch, token_len, feat_len, int(token_len.max()), int(feat_len.max()))
+
+    def forward(
+        self, batch: Mapping[str, Tensor], device: torch.device | str, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """The training loss.
 
         Args:
             batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat`` ``[B, Tf, 80]``
                 log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.
             device: where to compute; the module's.
+            generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
+                condition prefixes from; None: torch's own on the device.
 
         Returns:
             ``{"loss": scalar}``.
@@ -226,15 +342,15 @@ class MaskedDiffWithXvec(_Flow):
         Raises:
             ValueError, TypeError: a tensor that does not fit, by name.
         """
-        self._check_batch(batch, device)
+        batch = self._prepared(batch, device)
         token, token_len, feat, feat_len, embedding = (
-            batch[name].to(device)
+            batch[name].to(device, non_blocking=True)
             for name in ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
         )
         spks = self._speaker(embedding)
         h, _ = self.encoder(self._embed(token, token_len), token_len)
         h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1])
-        return self._loss(batch, feat, length_mask(feat_len, feat.shape[1]), h, spks)
+        return self._loss(batch["speech_feat_len"], feat, length_mask(feat_len, feat.shape[1]), h, spks, generator)
 
     @torch.inference_mode()
     def inference(
@@ -298,7 +414,25 @@ class _CausalFlow(_Flow):
         """Token vectors ``[B, T, input_size]`` to mu ``[B, token_mel_ratio * T, 80]``."""
         raise NotImplementedError
 
-    def forward(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    def _implied_frames(self, token_len: Tensor) -> Tensor:
+        return self.token_mel_ratio * token_len
+
+    def _matched(self, batch: Mapping[str, Tensor], implied: Tensor) -> dict[str, Tensor]:
+        ratio, tokens = self.token_mel_ratio, batch["speech_token"].shape[1]
+        token_len, feat, feat_len = (batch[name] for name in ("speech_token_len", "speech_feat", "speech_feat_len"))
+        if self.on_length_mismatch == "interpolate":
+            feat = resample(feat, feat_len, implied, ratio * tokens)
+            return {"speech_feat": feat, "speech_feat_len": implied.to(feat_len)}
+        kept = torch.minimum(token_len, (feat_len // ratio).to(token_len))
+        if readable(kept) and int(kept.min()) < 1:
+            row = int(kept.argmin())
+            raise ValueError(f"row {row} of speech_feat has {int(feat_len[row])} frames, less than one token's {ratio}")
+        longest = int(kept.max()) if readable(kept) else min(tokens, feat.shape[1] // ratio)
+        return _cut(batch, kept, (ratio * kept).to(feat_len), longest, ratio * longest)
+
+    def forward(
+        self, batch: Mapping[str, Tensor], device: torch.device | str, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """The training loss; half of the batches are computed with streaming masks.
 
         Args:
@@ -306,6 +440,8 @@ class _CausalFlow(_Flow):
                 ``[B, token_mel_ratio * Tt, 80]`` log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding``
                 ``[B, 192]`` x-vectors.
             device: where to compute; the module's.
+            generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
+                condition prefixes from; None: torch's own on the device.
 
         Returns:
             ``{"loss": scalar}``.
@@ -313,15 +449,16 @@ class _CausalFlow(_Flow):
         Raises:
             ValueError, TypeError: a tensor that does not fit, by name.
         """
-        self._check_batch(batch, device)
+        batch = self._prepared(batch, device)
         token, token_len, feat, embedding = (
-            batch[name].to(device) for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
+            batch[name].to(device, non_blocking=True)
+            for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
         )
         streaming = random.random() < 0.5
         spks = self._speaker(embedding)
         h = self._encode(self._embed(token, token_len), token_len, streaming, None)
         mask = length_mask(self.token_mel_ratio * token_len, h.shape[1])
-        return self._loss(batch, feat, mask, h, spks, streaming=streaming)
+        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, streaming=streaming)
 
     @torch.inference_mode()
     def inference(

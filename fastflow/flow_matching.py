@@ -14,6 +14,7 @@ from torch import Tensor
 from fastflow import graphs
 from fastflow.checks import readable
 from fastflow.ops.euler_step import euler_step
+from fastflow.recompute import Recomputing
 
 CACHED_FRAMES = 34  # the mel overlap of CosyVoice 1's stream: 20 tokens at 50 Hz
 NOISE_FRAMES = 15000  # 300 s at 50 frames/s
@@ -156,7 +157,7 @@ def _adams_bashforth(x: Tensor, twice: Tensor, steps: Tensor, rate: float, veloc
 METHODS = {"euler": _euler, "midpoint": _midpoint, "ab2": _adams_bashforth}
 
 
-class ConditionalCFM(nn.Module):
+class ConditionalCFM(Recomputing):
     """The flow-matching wrapper of CosyVoice 1.  It owns no parameters but the estimator's.
 
     Args:
@@ -371,6 +372,7 @@ class ConditionalCFM(nn.Module):
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         streaming: bool = False,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The flow-matching loss: mean square of predicted minus true velocity over valid frames and channels.
 
@@ -384,17 +386,18 @@ class ConditionalCFM(nn.Module):
             spks: ``[B, 80]``.
             cond: ``[B, 80, T]`` known frames.
             streaming: as the estimator's.
+            generator: to draw from; None: torch's own on the device.
 
         Returns:
             The loss, and the noisy mel y ``[B, 80, T]``.
         """
         batch = mu.shape[0]
-        t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype)
-        z = torch.randn_like(x1)
+        t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype, generator=generator)
+        z = torch.empty_like(x1).normal_(generator=generator)
         y = (1 - (1 - self.sigma_min) * t) * z + t * x1
         u = x1 - (1 - self.sigma_min) * z
         if self.training_cfg_rate > 0:
-            keep = torch.rand(batch, device=x1.device) > self.training_cfg_rate
+            keep = torch.rand(batch, device=x1.device, generator=generator) > self.training_cfg_rate
             mu = mu * keep.view(-1, 1, 1)
             spks = None if spks is None else spks * keep.view(-1, 1)
             cond = None if cond is None else cond * keep.view(-1, 1, 1)

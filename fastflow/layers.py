@@ -1,19 +1,69 @@
 """What the encoders and estimators share."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 
+from fastflow.ops.attention import RelativePosition, attention, restored_attention
+from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
+from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.recompute import records, replayed
 
 
-def active(dropout: nn.Module) -> bool:
+def active(dropout: nn.Module | None) -> bool:
     """Whether a dropout drops anything."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
-def project_residual(x: Tensor, y: Tensor, linear: nn.Linear, dropout: nn.Module, gate: Tensor | None = None) -> Tensor:
+def project_residual(
+    x: Tensor, y: Tensor, linear: nn.Linear, dropout: nn.Module | None, gate: Tensor | None = None
+) -> Tensor:
     """``x + gate * dropout(linear(y))``, with a gate ``[B, C]`` or without."""
-    if not active(dropout):
+    if dropout is None or not active(dropout):
         return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
     y = dropout(linear(y))
     return x + (y if gate is None else gate[:, None] * y)
+
+
+def attend(heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, keep_heads: bool, **options: Any) -> Tensor:
+    """Attention of ``heads(*tensors)``, (q, k, v) or (q, k, v, position, bias_u, bias_v), with the heads side by side.
+
+    Args:
+        keep_heads: whether q, k and v are kept for the backward pass; else they are formed again there.
+        options: as for :func:`attention`.
+    """
+    if keep_heads:
+        q, k, v, *rel = heads(*tensors)
+        out = attention(q, k, v, rel_pos=RelativePosition(*rel) if rel else None, **options)
+    else:
+        out = restored_attention(heads, *tensors, **options)
+    return out.transpose(1, 2).flatten(2)
+
+
+def feed_forward_residual(
+    x: Tensor,
+    inner: nn.Linear,
+    outer: nn.Linear,
+    dropouts: tuple[nn.Module, nn.Module | None],
+    *,
+    activation: str,
+    norm: Norm | None,
+    gate: Tensor | None = None,
+    keep_hidden: bool = True,
+) -> Tensor:
+    """``x + gate * last(outer(first(activation(inner(norm(x))))))``, with ``dropouts`` first and last."""
+    first, last = dropouts
+    if not active(first) and not active(last):
+        parameters = inner.weight, inner.bias, outer.weight, outer.bias
+        return feed_forward(x, *parameters, activation=activation, norm=norm, gate=gate, keep_hidden=keep_hidden)
+
+    def dropped(x: Tensor) -> Tensor:
+        h = first(ACTIVATIONS[activation](projection(x, [inner.weight], [inner.bias], norm=norm)))
+        return project_residual(x, h, outer, last, gate)
+
+    if keep_hidden or not records(inner, x):
+        return dropped(x)
+    return replayed(dropped, x, draws=True)

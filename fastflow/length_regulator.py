@@ -10,8 +10,12 @@ from fastflow.ops.attention import length_mask
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.interpolate import interpolate
 from fastflow.ops.projection import projection
+from fastflow.recompute import Recomputing
 
 EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
+
+
+MEL_RATE = 22050 / 256  # frames per second
 
 
 def mel_frames(tokens: int, frame_rate: float) -> int:
@@ -19,7 +23,12 @@ def mel_frames(tokens: int, frame_rate: float) -> int:
     return int(tokens / frame_rate * 22050 / 256)
 
 
-class InterpolateRegulator(nn.Module):
+def implied_frames(tokens: Tensor, frame_rate: float) -> Tensor:
+    """:func:`mel_frames` of every entry, int64."""
+    return (tokens.double() / frame_rate * 22050 / 256).long()
+
+
+class InterpolateRegulator(Recomputing):
     """Linear resampling, then for every sampling ratio a convolution, GroupNorm and Mish, then a projection.
 
     Only the number of ``sampling_ratios`` matters, as upstream.
@@ -80,5 +89,7 @@ class InterpolateRegulator(nn.Module):
         layers: Any = self.model
         *blocks, last = layers
         for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
-            x = conv_block(x, conv.weight, conv.bias, norm.weight, norm.bias, groups=norm.num_groups, eps=norm.eps)
+            parameters = conv.weight, conv.bias, norm.weight, norm.bias
+            keep = self.recompute == "none"
+            x = conv_block(x, *parameters, groups=norm.num_groups, eps=norm.eps, keep_product=keep)
         return projection(x, [last.weight[:, :, 0]], [last.bias])

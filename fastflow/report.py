@@ -1,8 +1,9 @@
 """What a flow costs, part by part: parameters, FLOPs, bytes saved for backward; and what shrinking it would buy.
 
-One training forward pass runs on fake tensors, which have shapes but no data, so even the largest flow takes seconds
-and no memory worth the name.  A row of a training batch passes the same layers as an utterance of as many frames,
-except that the solver calls the estimator ten times with two rows each (guidance); so the FLOPs of inference follow.
+One training forward pass per memory mode runs on fake tensors, which have shapes but no data, so even the largest flow
+takes seconds and no memory worth the name.  A row of a training batch passes the same layers as an
+utterance of as many frames, except that the solver calls the estimator ten times with two rows each (guidance); so the
+FLOPs of inference follow.
 """
 
 import argparse
@@ -23,11 +24,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastflow import config
 from fastflow.backend import current_backend
 from fastflow.flow import N_TIMESTEPS
+from fastflow.length_regulator import MEL_RATE
+from fastflow.recompute import MODES, Block
 from fastflow.testing.counters import Counts, SavedTensors, current_module
 
 GUIDED_ROWS = 2  # with and without condition
-MEL_RATE_V1 = 22050 / 256  # frames per second
 ESTIMATOR = "decoder.estimator"
+ADAM_BYTES = 16  # of a parameter in float32: itself, its gradient, two moments
+USABLE = 0.9  # of a GPU's memory; the rest is for the CUDA context, workspaces and what fragmentation wastes
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,26 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a memory mode keeps for backward (see :mod:`fastflow.recompute`).
+
+    Attributes:
+        mode: its name.
+        saved_bytes: of the whole training batch.
+        peak_bytes: and the most that one block keeps while the backward pass computes it again.
+        attention_bytes: of ``saved_bytes``, what the attention of one U-Net block at full frame rate keeps, its input
+            included; None for a DiT.
+        largest_batch: rows that fit the memory given, None without one; 0 if not even one does.
+    """
+
+    mode: str
+    saved_bytes: int
+    peak_bytes: int
+    attention_bytes: int | None
+    largest_batch: int | None
+
+
+@dataclass(frozen=True)
 class Report:
     """Costs of a flow for a training batch of ``batch`` rows, and an utterance, of ``frames`` mel frames each."""
 
@@ -73,6 +98,8 @@ class Report:
     total: Cost
     parts: list[Cost]
     what_if: list[Change]
+    memory: list[Memory]
+    upstream_attention_bytes: int | None
 
 
 @contextmanager
@@ -92,7 +119,7 @@ def _training_batch(flow: Any, rows: int, frames: int) -> dict[str, Tensor]:
             raise ValueError(f"frames must be a multiple of {flow.token_mel_ratio} for this flow, got {frames}")
         tokens = frames // flow.token_mel_ratio
     else:
-        tokens = max(1, round(frames / MEL_RATE_V1 * flow.input_frame_rate))
+        tokens = max(1, round(frames / MEL_RATE * flow.input_frame_rate))
     return {
         "speech_token": torch.zeros(rows, tokens, dtype=torch.int64),
         "speech_token_len": torch.full((rows,), tokens),
@@ -102,26 +129,80 @@ def _training_batch(flow: Any, rows: int, frames: int) -> dict[str, Tensor]:
     }
 
 
-def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Counter[str], Counter[str]]:
-    """Build the flow without memory and run one training forward: FLOPs and saved bytes by submodule."""
-    python_draws = random.getstate()
-    random.seed(0)  # the first draw of this seed chooses full attention, not streaming
+def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Counter[str], dict[str, Counter[str]]]:
+    """Build the flow without memory and run training forwards: FLOPs, and for each mode saved bytes, by submodule."""
+    python_draws, saved = random.getstate(), {}
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fake, config.WeightsToCome():
             flow = config.build(spec)
         batch = _training_batch(flow, rows, frames)
-        with (
-            fake,
-            _tracing(),
-            current_module(flow) as where,
-            SavedTensors(flow.parameters(), where) as saved,
-            Counts(where) as counts,
-        ):
-            flow(batch, "cpu")
+        for mode in reversed(MODES):  # the FLOPs of the last are kept, though a forward pass has the same in every mode
+            flow.recompute = mode  # type: ignore[assignment]
+            random.seed(0)  # the first draw of this seed chooses full attention, not streaming
+            with (
+                fake,
+                _tracing(),
+                current_module(flow) as where,
+                SavedTensors(flow.parameters(), where) as tensors,
+                Counts(where) as counts,
+            ):
+                flow(batch, "cpu")
+            saved[mode] = tensors.by_name
     finally:
         random.setstate(python_draws)
-    return flow, counts.flops, saved.by_name
+    return flow, counts.flops, saved
+
+
+def _within(names: Counter[str], module: str) -> int:
+    """The sum over a module and its parts."""
+    return sum(value for name, value in names.items() if (name + ".").startswith(module + "."))
+
+
+def _first_attention(flow: Any) -> tuple[str, nn.Module] | None:
+    """The name of a U-Net's last transformer block at full frame rate and its attention; None for another estimator."""
+    if not hasattr(flow.decoder.estimator, "down_blocks"):
+        return None
+    blocks = flow.decoder.estimator.down_blocks[0][1]
+    return f"{ESTIMATOR}.down_blocks.0.1.{len(blocks) - 1}", blocks[-1].attn1
+
+
+def _upstream_attention_bytes(attention: Any, rows: int, frames: int) -> int:
+    """What CosyVoice's keeps in float32: q, k, v, output, softmax sums, and the mask as a float for every head."""
+    width, heads = attention.to_q.out_features, attention.heads
+    return 4 * rows * frames * (4 * width + heads + heads * frames)
+
+
+def _memory(
+    flow: nn.Module, saved: dict[str, Counter[str]], rows: int, frames: int, memory: int | None
+) -> tuple[list[Memory], int | None]:
+    """Every mode, and what upstream's attention keeps."""
+    blocks = [name for name, module in flow.named_modules() if isinstance(module, Block)]
+    largest = max(_within(saved["none"], name) for name in blocks)
+    fixed = ADAM_BYTES * sum(parameter.numel() for parameter in flow.parameters())
+    attention = _first_attention(flow)
+    modes = []
+    for mode in MODES:
+        total = saved[mode].total()
+        peak = total + (0 if mode == "none" else largest)
+        fits = None if memory is None else max(0, int((USABLE * memory - fixed) / (peak / rows)))
+        kept = None
+        if attention is not None:
+            kept = saved[mode][attention[0]] + _within(saved[mode], f"{attention[0]}.attn1")
+        modes.append(Memory(mode, total, peak, kept, fits))
+    return modes, None if attention is None else _upstream_attention_bytes(attention[1], rows, frames)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as ``80GB`` or ``79.6GiB``.
+
+    Raises:
+        ValueError: not a positive number and a unit.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].upper() not in _UNITS or not float(found[1]):
+        raise ValueError(f"memory must be a number and one of MB, GB, TB, MiB, GiB, TiB, as in 80GB; got {text!r}")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
 
 
 # Parts of the estimator that see the time alone: once per step, whatever the rows.
@@ -144,7 +225,7 @@ def _part(name: str) -> str:
     return ".".join(words[:depth]) or "(loss and masks)"
 
 
-def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> Report:
+def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4, memory: int | None = None) -> Report:
     """Measure the flow that a spec describes.
 
     Args:
@@ -152,6 +233,9 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> R
         name: what to call it.
         frames: mel frames of each row of the training batch and of the utterance, its prompt included.
         batch: rows of the training batch.
+        memory: bytes of a GPU, to say for every memory mode how many rows fit: ``0.9 * memory`` holds the parameters,
+            their gradients and Adam's moments (16 bytes a parameter, float32), and for each row its share of
+            ``peak_bytes``.
 
     Raises:
         ValueError: frames or batch below 1, or frames that are no multiple of the frames per token.
@@ -159,7 +243,8 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> R
     for argument, value in (("frames", frames), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{argument} must be >= 1, got {value}")
-    flow, flops, saved = _measure(spec, batch, frames)
+    flow, flops, kept = _measure(spec, batch, frames)
+    saved = kept["none"]
     parameters: Counter[str] = Counter()
     for key, parameter in flow.named_parameters():
         parameters[key.rpartition(".")[0]] += parameter.numel()
@@ -189,6 +274,7 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> R
         if 0 < after < before:
             saving = cost(f"{option} {before} -> {after}", [n for n, i in index.items() if i >= after])
             changes.append(Change(option, before, after, saving))
+    modes, upstream_attention = _memory(flow, kept, batch, frames, memory)
     return Report(
         flow=name,
         kind=type(flow).__name__,
@@ -200,7 +286,39 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4) -> R
         total=cost("total", names),
         parts=[cost(label, group) for label, group in parts.items()],
         what_if=changes,
+        memory=modes,
+        upstream_attention_bytes=upstream_attention,
     )
+
+
+def _show_memory(console: Any, result: Report) -> None:
+    from rich.table import Table
+
+    trained = result.frames * result.batch
+    modes = Table("recompute", title="Memory modes of the training step", title_justify="left")
+    heads = ["saved MiB", "saved KiB\nper frame", "at the peak\nMiB"]
+    if result.upstream_attention_bytes:
+        heads += ["attention of one\nU-Net block, MiB", "of upstream's"]
+    if result.memory[0].largest_batch is not None:
+        heads.append(f"rows of {result.frames}\nthat fit")
+    for head in heads:
+        modes.add_column(head, justify="right")
+    for mode in result.memory:
+        row = [f"{mode.saved_bytes / 2**20:,.1f}", f"{mode.saved_bytes / trained / 1024:,.1f}"]
+        row.append(f"{mode.peak_bytes / 2**20:,.1f}")
+        if result.upstream_attention_bytes and mode.attention_bytes is not None:
+            row.append(f"{mode.attention_bytes / 2**20:,.1f}")
+            row.append(f"1/{result.upstream_attention_bytes / mode.attention_bytes:.1f}")
+        if mode.largest_batch is not None:
+            row.append(f"{mode.largest_batch:,}")
+        modes.add_row(mode.mode, *row)
+    console.print(modes)
+    if result.upstream_attention_bytes:
+        console.print(
+            f"Upstream's attention keeps {result.upstream_attention_bytes / 2**20:,.1f} MiB beside its input: q, k, v, "
+            "the output, and the mask as a float for every head.",
+            highlight=False,
+        )
 
 
 def show(result: Report) -> None:
@@ -253,6 +371,8 @@ def show(result: Report) -> None:
         f"for backward, backend {result.backend}.",
         highlight=False,
     )
+    console.print()
+    _show_memory(console, result)
     if result.what_if:
         console.print()
         console.print(table("What shrinking would save", "change", [change.saving for change in result.what_if]))
@@ -265,6 +385,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, default=500, help="mel frames of a row and of the utterance (500)")
     parser.add_argument("--batch", type=int, default=4, help="rows of the training batch (4)")
+    parser.add_argument("--memory", metavar="80GB", help="of a GPU, to say how many rows fit it in every memory mode")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -276,7 +397,8 @@ def run(args: argparse.Namespace) -> int:
     """
     is_file = Path(args.flow).is_file()
     spec = config.read_yaml(args.flow) if is_file else config.preset(args.flow)
-    result = report(spec, Path(args.flow).name if is_file else args.flow, args.frames, args.batch)
+    memory = None if args.memory is None else parse_memory(args.memory)
+    result = report(spec, Path(args.flow).name if is_file else args.flow, args.frames, args.batch, memory)
     if args.json:
         print(json.dumps(asdict(result), indent=2))
     else:

@@ -3,6 +3,7 @@
 Everything between the ends works on ``[B, T, C]``.  The key of every parameter is upstream's.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, project_residual
-from fastflow.ops.attention import attention
+from fastflow.layers import active, attend, feed_forward_residual, project_residual
 from fastflow.ops.conv_block import conv_block
-from fastflow.ops.feed_forward import feed_forward
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.recompute import Block, Recomputing
 
 
 def time_features(t: Tensor, width: int) -> Tensor:
@@ -55,7 +55,7 @@ class CausalConv1d(nn.Conv1d):
         return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
 
 
-class Block1D(nn.Module):
+class Block1D(Recomputing):
     """``Mish(norm(conv3(x * mask))) * mask``."""
 
     def __init__(self, dim: int, dim_out: int, causal: bool) -> None:
@@ -81,10 +81,11 @@ class Block1D(nn.Module):
             causal=self.causal,
             time_bias=time_bias,
             eps=norm.eps,
+            keep_product=self.keeps_products,
         )
 
 
-class ResnetBlock1D(nn.Module):
+class ResnetBlock1D(Block):
     """Two blocks with the time embedding between them, and a projected residual; padding holds arbitrary values."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int, causal: bool) -> None:
@@ -94,13 +95,13 @@ class ResnetBlock1D(nn.Module):
         self.block2 = Block1D(dim_out, dim_out, causal)
         self.res_conv = nn.Conv1d(dim, dim_out, 1)
 
-    def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor) -> Tensor:
+    def _compute(self, x: Tensor, lengths: Tensor, time_bias: Tensor) -> Tensor:  # type: ignore[override]
         """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives."""
         h = self.block2(self.block1(x, lengths, time_bias), lengths)
         return projection(x, [self.res_conv.weight[:, :, 0]], [self.res_conv.bias], residual=h)
 
 
-class Attention(nn.Module):
+class Attention(Recomputing):
     """Self-attention without bias on q, k and v; the inner width differs from the channels."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
@@ -113,12 +114,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int) -> Tensor:
         """``x + attention(norm(x))``."""
-        weights = [project.weight for project in (self.to_q, self.to_k, self.to_v)]
-        qkv = projection(x, weights, [None] * 3, norm=norm).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        out = attention(q, k, v, lengths=lengths, chunk_size=chunk_size, padded_queries=False)
+        out = attend(
+            functools.partial(self._heads, norm.eps),
+            x,
+            norm.scale,
+            norm.shift,
+            *(project.weight for project in (self.to_q, self.to_k, self.to_v)),
+            keep_heads=self.keeps_products,
+            lengths=lengths,
+            chunk_size=chunk_size,
+            padded_queries=False,
+        )
         last: Any = self.to_out[0]
-        return project_residual(x, out.transpose(1, 2).flatten(2), last, self.to_out[1])
+        return project_residual(x, out, last, self.to_out[1])
+
+    def _heads(self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        qkv = projection(x, weights, [None] * 3, norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4).unbind()
 
 
 class GELU(nn.Module):
@@ -129,7 +141,7 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, dim_out)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Recomputing):
     """Four times the width inside."""
 
     def __init__(self, dim: int, dropout: float) -> None:
@@ -139,14 +151,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """``x + feed_forward(norm(x))``."""
         layers: Any = self.net
-        inner, dropout, outer = layers[0].proj, layers[1], layers[2]
-        if active(dropout):
-            h = F.gelu(projection(x, [inner.weight], [inner.bias], norm=norm))
-            return projection(dropout(h), [outer.weight], [outer.bias], residual=x)
-        return feed_forward(x, inner.weight, inner.bias, outer.weight, outer.bias, activation="gelu", norm=norm)
+        inner, dropouts, outer = layers[0].proj, (layers[1], None), layers[2]
+        return feed_forward_residual(
+            x, inner, outer, dropouts, activation="gelu", norm=norm, keep_hidden=self.keeps_products
+        )
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Block):
     """Pre-norm attention and feed-forward on ``[B, T, C]``."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
@@ -156,7 +167,11 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.ff = FeedForward(dim, dropout)
 
-    def forward(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:
+    @property
+    def draws(self) -> bool:
+        return active(self.attn1.to_out[1]) or active(self.ff.net[1])
+
+    def _compute(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:  # type: ignore[override]
         x = self.attn1(x, Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps), lengths, chunk_size)
         return self.ff(x, Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
@@ -191,7 +206,7 @@ class Invariants(NamedTuple):
     lengths: list[Tensor]
 
 
-class ConditionalDecoder(nn.Module):
+class ConditionalDecoder(Recomputing):
     """The U-Net of CosyVoice 1.  ``channels`` has one entry per level; between two levels time is halved.
 
     Args:

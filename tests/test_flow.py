@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import fastflow
+from fastflow import checks
+from fastflow.flow import _drawn_prefixes
+from fastflow.testing.counters import Counts
 
 TINY = ["tiny", "tiny2", "tiny3"]
 CAUSAL = ["tiny2", "tiny3"]
@@ -105,6 +108,56 @@ def test_streaming_is_decided_by_the_first_python_draw(name: str, monkeypatch: p
         flow(batch, "cpu")
     assert seen == [random.Random(seed).random() < 0.5 for seed in range(8)]
     assert len(set(seen)) == 2
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("name", TINY)
+def test_a_step_with_device_randomness_never_waits_for_the_device(name, recompute, monkeypatch) -> None:
+    monkeypatch.setattr(checks, "readable", lambda x: False)  # as for tensors that are not on the CPU
+    flow, batch = make_flow(name), make_batch(name)
+    flow.randomness, flow.recompute = "device", recompute
+    with Counts() as counts:
+        flow(batch, "cpu")["loss"].backward()
+    assert counts.syncs.total() == 0
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_upstreams_randomness_reads_the_lengths_and_nothing_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "readable", lambda x: False)
+    flow, batch = make_flow(name), make_batch(name)
+    with Counts() as counts:
+        flow(batch, "cpu")["loss"].backward()
+    assert counts.syncs == {"Tensor.tolist": 1}
+
+
+def test_device_randomness_reveals_what_upstreams_does() -> None:
+    """None to half of the rows, else uniform in 0..30 %, both ends included."""
+    lengths = torch.full((40_000,), 40)
+    drawn = _drawn_prefixes(lengths, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn) / len(lengths)
+    assert len(counts) == 13
+    want = torch.full((13,), 0.5 / 13)
+    want[0] += 0.5
+    torch.testing.assert_close(counts, want, atol=0.005, rtol=0)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_generator_decides_all_that_device_randomness_draws(name: str) -> None:
+    flow, batch = make_flow(name).eval(), make_batch(name)
+    flow.randomness = "device"
+
+    def loss(seed: int, of_torch: int) -> torch.Tensor:
+        random.seed(0)  # the streaming choice
+        torch.manual_seed(of_torch)
+        return flow(batch, "cpu", generator=torch.Generator().manual_seed(seed))["loss"]
+
+    assert loss(1, 1) == loss(1, 2)
+    assert loss(1, 1) != loss(2, 1)
+
+
+def test_another_randomness_is_named() -> None:
+    with pytest.raises(ValueError, match="randomness must be one of upstream, device; got 'gpu'"):
+        make_flow("tiny").randomness = "gpu"
 
 
 # ------------------------------------------------------------------------------------------------ gradient

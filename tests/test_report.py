@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import is_fake
 
 from fastflow import config, report, use_backend
+from fastflow.recompute import MODES
 from fastflow.testing.counters import Counts, SavedTensors
+from fastflow.unet import TransformerBlock
 
 # The table of the flow specification, and the sizes of CosyVoice's former from-scratch recipe.
 PARAMETERS = {
@@ -116,6 +118,68 @@ def test_saved_bytes_equal_those_of_a_real_training_step(name):
     assert report.report(config.preset(name), name, 60, 2).total.saved_bytes == saved.bytes
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny3"])
+def test_saved_bytes_of_every_mode_equal_those_of_a_real_training_step(name):
+    flow = config.build(config.preset(name))
+    batch, kept = report._training_batch(flow, 2, 60), {}
+    for mode in MODES:
+        flow.recompute = mode
+        random.seed(0)
+        with SavedTensors(flow.parameters()) as saved:
+            flow(batch, "cpu")
+        kept[mode] = saved.bytes
+    memory = report.report(config.preset(name), name, 60, 2).memory
+    assert {part.mode: part.saved_bytes for part in memory} == kept
+
+
+def test_attention_of_a_unet_block_beside_upstreams():
+    """Of 8 x 1000 frames: q, k, v, output, softmax sums, and upstream's mask as a float for each of 8 heads."""
+    frame = 4 * 512 + 8
+    assert report._upstream_attention_bytes(TransformerBlock(256, 8, 64, 0.0).attn1, 8, 1000) == 4 * 8000 * (
+        frame + 8000
+    )
+    result = report.report(config.preset("tiny"), "tiny", 60, 2)
+    width, x, heads, norm = 4 * 32, 64, 4, 2
+    floats = {"none": x + norm + 4 * width + heads, "selective": x + width + heads, "block": x}
+    if result.backend != "reference":
+        kept = {mode.mode: mode.attention_bytes for mode in result.memory}
+        assert kept == {mode: 4 * 2 * 60 * n for mode, n in floats.items()}
+    assert result.upstream_attention_bytes == 4 * 2 * 60 * (4 * width + heads + heads * 60)
+
+
+def test_a_dit_has_no_figure_of_a_unet_block():
+    result = report.report(config.preset("tiny3"), "tiny3", 40, 1)
+    assert result.upstream_attention_bytes is None
+    assert all(mode.attention_bytes is None for mode in result.memory)
+
+
+def test_the_largest_batch_fits_and_one_row_more_does_not():
+    memory = 300 * 2**20
+    result = report.report(config.preset("tiny"), "tiny", 60, 2, memory)
+    state = 16 * result.total.parameters
+    for mode in result.memory:
+        row = mode.peak_bytes / result.batch
+        assert state + mode.largest_batch * row <= 0.9 * memory < state + (mode.largest_batch + 1) * row
+    none, selective, block = (mode.largest_batch for mode in result.memory)
+    assert 0 < none < selective < block
+
+
+def test_a_memory_too_small_for_the_parameters_fits_no_row():
+    result = report.report(config.preset("tiny"), "tiny", 60, 2, memory=2**20)
+    assert [mode.largest_batch for mode in result.memory] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80 * 10**9), ("79.5 GiB", 85362475008), ("512mib", 2**29)])
+def test_memory_has_a_unit(text, size):
+    assert report.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["80", "-1GB", "0GB", "many GB", "80 bananas"])
+def test_memory_that_is_none_is_named(text):
+    with pytest.raises(ValueError, match="memory must be a number and one of MB, GB"):
+        report.parse_memory(text)
+
+
 def test_flops_equal_those_of_a_real_utterance():
     """The utterance of the report has ``frames`` frames, prompt included."""
     tokens, embedding = torch.zeros(1, 30, dtype=torch.int32), torch.zeros(1, 192)
@@ -214,6 +278,17 @@ def test_the_table_names_every_part_and_its_parameters(capsys, monkeypatch):
     assert "What shrinking would save" in printed
 
 
+def test_the_table_of_the_memory_modes(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    assert run("tiny", "--frames", "40", "--batch", "1", "--memory", "1GB") == 0
+    printed = capsys.readouterr().out
+    modes = report.report(config.preset("tiny"), "tiny", 40, 1, 10**9).memory
+    for mode in modes:
+        line = next(line for line in printed.splitlines() if mode.mode in line.split())
+        assert f"{mode.saved_bytes / 2**20:,.1f}" in line
+        assert f"{mode.largest_batch:,}" in line
+
+
 def test_a_yaml_file_is_reported_as_its_preset_would_be(tmp_path, capsys):
     pytest.importorskip("hyperpyyaml", reason="not run: reading yaml needs hyperpyyaml")
 
@@ -236,6 +311,7 @@ def test_a_yaml_file_is_reported_as_its_preset_would_be(tmp_path, capsys):
     [
         (("no-such-flow",), "cosyvoice2"),
         (("tiny", "--frames", "0"), "frames must be >= 1, got 0"),
+        (("tiny", "--memory", "80"), "memory must be a number and one of"),
         (("tiny", "--batch", "-1"), "batch must be >= 1, got -1"),
         (("tiny2", "--frames", "41"), "frames must be a multiple of 2 for this flow, got 41"),
     ],

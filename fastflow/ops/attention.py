@@ -17,16 +17,17 @@ the key furthest to the left to the one furthest to the right).  Dropout acts on
 is a pure function of the seed and its place (:func:`dropout_mask`), so the backward pass recomputes it.
 
 Saved for the backward pass: q, k, v, the output and the logarithm of each query's softmax sum (in a scale of the
-backend's own); nothing of size Tq x Tk.
+backend's own); nothing of size Tq x Tk.  :func:`restored_attention` saves, instead of q, k and v, what they come from.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 
@@ -41,6 +42,28 @@ class RelativePosition(NamedTuple):
     position: Tensor
     bias_u: Tensor
     bias_v: Tensor
+
+
+class _Options(NamedTuple):
+    """Of :func:`attention`, which explains them."""
+
+    lengths: Tensor | None = None
+    chunk_size: int = 0
+    num_left_chunks: int = -1
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+    key_offset: int = 0
+    padded_queries: bool = True
+    scale: float | None = None
+
+    def rule(self, q: Tensor) -> tuple[tuple, Tensor | None]:
+        """The numbers of the fused op's schema, and the seed of its dropout."""
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
+        seed = self.seed
+        if self.dropout_p and seed is None:
+            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        numbers = self.chunk_size, self.num_left_chunks, self.key_offset, self.padded_queries, scale, self.dropout_p
+        return numbers, seed if self.dropout_p else None
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -266,6 +289,48 @@ class AttentionFunction(torch.autograd.Function):
         return None, None, None, None, *grads
 
 
+class RestoredAttentionFunction(torch.autograd.Function):
+    """``heads(*tensors)`` gives (q, k, v) or (q, k, v, position, bias_u, bias_v), again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, heads, backend, options, *tensors):  # type: ignore[no-untyped-def]
+        q, k, v, *rel = heads(*tensors)
+        _check(q, k, v, RelativePosition(*rel) if rel else None, options)
+        (rule, seed), lengths = options.rule(q), options.lengths
+        ctx.name = "relative_attention_backward" if rel else "attention_backward"
+        out, lse = _op(ctx.name.removesuffix("_backward"), backend)(q, k, v, *rel, lengths, *rule, seed)
+        ctx.heads, ctx.backend, ctx.rule, ctx.autocast = heads, backend, rule, _autocast(q.device.type)
+        ctx.save_for_backward(lengths, seed, out, lse, *tensors)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        lengths, seed, out, lse, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        # Aliases, so that hooks on the tensors see their gradients once, outside of here.
+        aliases = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            heads = ctx.heads(*aliases)
+        values = [x.detach() for x in heads]
+        grads = _op(ctx.name, ctx.backend)(grad, out, lse, *values, lengths, *ctx.rule, seed)
+        reached = [(x, g) for x, g in zip(heads, grads, strict=True) if x.requires_grad]
+        wanted = [t for t, n in zip(aliases, needs, strict=True) if n]
+        outputs, grads = zip(*reached, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        return None, None, None, *(next(found) if n else None for n in needs)
+
+
+def _autocast(device_type: str) -> dict[str, object]:
+    """The state of autocast, as arguments that restore it."""
+    return {
+        "device_type": device_type,
+        "dtype": torch.get_autocast_dtype(device_type),
+        "enabled": torch.is_autocast_enabled(device_type),
+        "cache_enabled": torch.is_autocast_cache_enabled(),
+    }
+
+
 # ------------------------------------------------------------------------------------------------ public
 def _check_relative(q: Tensor, k: Tensor, rel_pos: RelativePosition) -> None:
     heads, width = q.shape[1], q.shape[3]
@@ -281,19 +346,9 @@ def _check_relative(q: Tensor, k: Tensor, rel_pos: RelativePosition) -> None:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor | None,
-    chunk_size: int,
-    num_left_chunks: int,
-    rel_pos: RelativePosition | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    key_offset: int,
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition | None, options: _Options) -> None:
     """Validate the arguments without reading device memory."""
+    lengths, chunk_size, num_left_chunks, dropout_p, seed, key_offset, _, _ = options
     if q.dim() != 4 or q.dtype not in _backend.FLOATS:
         raise ValueError(f"q must have shape [B, H, Tq, D] and a floating dtype, got {list(q.shape)} {q.dtype}")
     if q.shape[3] not in HEAD_DIMS:
@@ -371,19 +426,48 @@ def attention(
         ValueError: arguments that do not fit, by name.
         RuntimeError: the chosen backend cannot run here, with the reason.
     """
-    _check(q, k, v, lengths, chunk_size, num_left_chunks, rel_pos, dropout_p, seed, key_offset)
+    options = _Options(lengths, chunk_size, num_left_chunks, dropout_p, seed, key_offset, padded_queries, scale)
+    _check(q, k, v, rel_pos, options)
     chosen = _backend.select("attention", q, DTYPES, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "reference":
-        return attention_ref(
-            q, k, v, lengths=lengths, chunk_size=chunk_size, num_left_chunks=num_left_chunks, rel_pos=rel_pos,
-            dropout_p=dropout_p, seed=seed, key_offset=key_offset, padded_queries=padded_queries, scale=scale,
-        )  # fmt: skip
-    if dropout_p and seed is None:
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+        return attention_ref(q, k, v, rel_pos=rel_pos, **options._asdict())
+    rule, seed = options.rule(q)
     tensors = (q, k, v) if rel_pos is None else (q, k, v, *rel_pos)
-    rule = (chunk_size, num_left_chunks, key_offset, padded_queries, scale, dropout_p)
-    seed = seed if dropout_p else None
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)[0]
     return _op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]
+
+
+def restored_attention(
+    heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, backend: str | None = None, **options: Any
+) -> Tensor:
+    """:func:`attention` of ``heads(*tensors)``, which the backward pass calls again instead of keeping its result.
+
+    Kept are ``tensors``, the output and the softmax sums; the reference keeps ``tensors`` and computes all again.
+
+    Args:
+        heads: gives (q, k, v), or (q, k, v, position, bias_u, bias_v) with a relative position; it must draw nothing
+            at random and see no tensor that needs a gradient but ``tensors``.
+        tensors: the first is not None, and has the dtype of q or is cast to it by autocast.
+        backend, options: as for :func:`attention`.
+
+    Returns:
+        ``[B, H, Tq, D]`` of the dtype of q.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`attention`.
+    """
+    first = tensors[0]
+    assert first is not None
+    chosen = _backend.select("attention", first, DTYPES, backend)
+
+    def compute(*tensors: Tensor | None) -> Tensor:
+        q, k, v, *rel = heads(*tensors)
+        return attention(q, k, v, rel_pos=RelativePosition(*rel) if rel else None, backend=chosen, **options)
+
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return compute(*tensors)
+    if chosen == "reference":
+        draws = bool(options.get("dropout_p")) and options.get("seed") is None
+        return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=draws)
+    return RestoredAttentionFunction.apply(heads, chosen, _Options(**options), *tensors)

@@ -9,20 +9,21 @@ On ``[B, T, C]``, with frames past a row's length taken as zero before the convo
 norm is GroupNorm (Wu, He, 2018), whose mean and variance are those of all frames of the padded row
 (``padding="upstream"``) or of the row's own frames (``"exact"``), or LayerNorm over the channels of each frame.
 
-Saved for the backward pass: x, y, mean and rstd.  With ``h = dz * norm_weight``, dz the gradient before Mish and means
-over what was normalised together::
+Saved for the backward pass: x, y, mean and rstd; x alone with ``keep_product=False``, which forms the others again.
+With ``h = dz * norm_weight``, dz the gradient before Mish and means over what was normalised together::
 
     dy = rstd * (h - mean(h) - y_normalised * mean(h * y_normalised))
 
 which is not zero on padding that GroupNorm counts; nothing of size T is formed there, since y is the bias.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.attention import length_mask
@@ -225,15 +226,15 @@ _BACKWARD_OP = {
 
 
 class ConvBlockFunction(torch.autograd.Function):
-    """``rule`` holds the numbers of the schema."""
+    """``rule`` holds the numbers of the schema, ``keep`` says whether y and its statistics are kept."""
 
     @staticmethod
-    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, backend):  # type: ignore
-        return _FORWARD_OP[backend](x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, True)
+    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep, backend):  # type: ignore
+        return _FORWARD_OP[backend](x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, _, lengths, ctx.rule, ctx.backend = inputs
+        *tensors, _, lengths, ctx.rule, ctx.keep, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *tensors, lengths)
 
@@ -241,8 +242,12 @@ class ConvBlockFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
         wanted = sum(needed << n for n, needed in enumerate(ctx.needs_input_grad[:6]))
-        grads = _BACKWARD_OP[ctx.backend](grad, *ctx.saved_tensors, *ctx.rule, wanted)
-        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), None, None, None
+        *products, x, weight, bias, norm_weight, norm_bias, lengths = ctx.saved_tensors
+        given = (x, weight, bias, norm_weight, norm_bias, lengths)
+        if not ctx.keep:
+            _, *products = _FORWARD_OP[ctx.backend](*given, None, *ctx.rule, True)
+        grads = _BACKWARD_OP[ctx.backend](grad, *products, *given, *ctx.rule, wanted)
+        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), *[None] * 4
 
 
 # ------------------------------------------------------------------------------------------------ public
@@ -286,6 +291,7 @@ def conv_block(
     time_bias: Tensor | None = None,
     eps: float = 1e-5,
     padding: Padding = "upstream",
+    keep_product: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """``Mish(norm(conv3(x * mask) + bias)) * mask + time_bias``, as described at the top of this file.
@@ -302,6 +308,7 @@ def conv_block(
         time_bias: ``[B, C']`` to add to every frame, also on padding, or None.
         eps: added to the variance.
         padding: what GroupNorm counts: ``"upstream"``, all T frames, or ``"exact"``, the row's own.
+        keep_product: whether the convolution's result is kept for the backward pass; False computes it again there.
         backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton`` (no float64).
 
     Returns:
@@ -320,13 +327,22 @@ def conv_block(
     _check(x, tensors, lengths, groups, padding)
     chosen = _backend.select("conv_block", x, DTYPES, backend)
     time_bias = tensors.pop("time_bias", None)
+    given = (x, *tensors.values())
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, time_bias) if t is not None)
     if chosen == "reference":
-        return conv_block_ref(
-            x, **tensors, lengths=lengths, groups=groups, causal=causal, time_bias=time_bias, eps=eps, padding=padding
-        )
+        options: dict[str, Any] = {
+            "lengths": lengths,
+            "groups": groups,
+            "causal": causal,
+            "eps": eps,
+            "padding": padding,
+        }
+        if records and not keep_product:
+            replay: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(conv_block_ref, *given, time_bias=time_bias, **replay, **options)
+        return conv_block_ref(*given, time_bias=time_bias, **options)
     lengths = None if lengths is None else lengths.long().contiguous()
     rule = (groups, causal, padding == "exact" and lengths is not None, eps)
-    given = (x, *tensors.values())
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, time_bias) if t is not None):
-        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, chosen)[0]
+    if records:
+        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)[0]
     return _FORWARD_OP[chosen](*given, lengths, time_bias, *rule, False)[0]

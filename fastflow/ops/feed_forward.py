@@ -4,15 +4,18 @@
     y,  x + y,  or  x + gate[:, None] * y
 
 Saved for the backward pass: x, mean and deviation of each frame, and what goes into the activation, from which that is
-recomputed; without gradients not even this is written to memory.
+recomputed; without gradients not even this is written to memory.  With ``keep_hidden=False`` not this either: one
+product restores it.
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.norm import (
@@ -35,6 +38,7 @@ from fastflow.ops.projection import (
     fake_stats,
     linear_on_gpu,
     normalised_on_gpu,
+    product,
     to_input,
     weight_gradients,
 )
@@ -116,13 +120,13 @@ define_pass(
 
 class FeedForwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, backend):  # type: ignore[no-untyped-def]
+    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden, backend):  # type: ignore
         forward = op("feed_forward", backend)
-        return forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, True)
+        return forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, keep_hidden)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.backend = inputs
+        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.keep_hidden, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *tensors)
 
@@ -132,6 +136,8 @@ class FeedForwardFunction(torch.autograd.Function):
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
         needs, backend = ctx.needs_input_grad, ctx.backend
+        if not ctx.keep_hidden:
+            hidden = product(x, [w1], [b1], scale, shift, ctx.eps, backend)
         with torch.autocast(x.device.type, enabled=False):
             grad, normalised, first_weight, second_weight = (working(t, backend) for t in (grad_out, x, w1, w2))
             factors, second_bias = (None if t is None else working(t, backend) for t in (gate, b2))
@@ -160,10 +166,7 @@ class FeedForwardFunction(torch.autograd.Function):
             grad_scale,
             grad_shift,
             to_input(second.gate, gate) if second else None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 5,
         )
 
 
@@ -212,6 +215,7 @@ def feed_forward(
     norm: Norm | None = None,
     gate: Tensor | None = None,
     residual: bool = True,
+    keep_hidden: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """The feed-forward layer at the top of this file in one pass over the frames.
@@ -226,6 +230,7 @@ def feed_forward(
         norm: applied to x first.
         gate: ``[B, C]``, factors of the result; needs a residual.
         residual: whether x is added to the result.
+        keep_hidden: whether the hidden layer is kept for the backward pass; False computes it again from x there.
         backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Returns:
@@ -241,18 +246,23 @@ def feed_forward(
         with torch.autocast(x.device.type, enabled=False):
             y = feed_forward(
                 normal, w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
-                residual=False, backend=backend,
+                residual=False, keep_hidden=keep_hidden, backend=backend,
             )  # fmt: skip
             return gated(x if residual else None, gate, y)
     _check(x, w1, b1, w2, b2, activation, norm, gate, residual)
     chosen = _backend.select("feed_forward", x, DTYPES, backend)
-    if chosen == "reference":
-        return feed_forward_ref(x, w1, b1, w2, b2, activation=activation, norm=norm, gate=gate, residual=residual)
     scale, shift, eps = (None, None, None) if norm is None else norm
     tensors = (x, w1, b1, w2, b2, scale, shift, gate)
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if chosen == "reference":
+        rule: dict[str, Any] = {"activation": activation, "norm": norm, "gate": gate, "residual": residual}
+        if records and not keep_hidden:
+            replay: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            return checkpoint(feed_forward_ref, x, w1, b1, w2, b2, **replay, **rule)
+        return feed_forward_ref(x, w1, b1, w2, b2, **rule)
     number = _NUMBERS[activation]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return FeedForwardFunction.apply(*tensors, number, eps, residual, chosen)[0]
+    if records:
+        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)[0]
     packed = (packed_weights([w1], [b1]), packed_weights([w2], [b2])) if chosen == "cpu" else ()
     run = op("feed_forward", chosen)
     return run(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False, *packed)[0]

@@ -113,6 +113,19 @@ define_pass(
 )
 
 
+def product(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    eps: float | None,
+    backend: str,
+) -> Tensor:
+    """The fused op alone, for the backward pass of another."""
+    return op("projection", backend)(x, weights, biases, scale, shift, eps, None, None)[0]
+
+
 class WeightGradients(NamedTuple):
     weight: Tensor
     bias: Tensor

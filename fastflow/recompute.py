@@ -1,0 +1,85 @@
+"""The memory modes of a flow: what a training step keeps for its backward pass, and what it computes again there.
+
+* ``none``: the input of every product and the result of every product that something else needs.  Norms and activations
+  are computed again, as the ops always do.
+* ``selective``: the input of every sub-layer, attention's output and its softmax sums.  What one product restores is
+  computed again: q, k and v, hidden layers, convolutions.  Attention itself is not.
+* ``block``: the input of every block, which is a conformer layer, a resnet block, a transformer block or a DiT block.
+  The block is computed again.
+
+The result is the same in every mode, dropout included, whose draws are replayed without disturbing those that follow.
+The mode acts wherever gradients are recorded, in training and in eval mode, and costs nothing elsewhere.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Mode = Literal["none", "selective", "block"]
+MODES: tuple[str, ...] = get_args(Mode)
+
+
+def check_mode(mode: str) -> None:
+    """Raises ValueError: not one of :data:`MODES`."""
+    if mode not in MODES:
+        raise ValueError(f"recompute must be one of {', '.join(MODES)}; got {mode!r}")
+
+
+class Recomputing(nn.Module):
+    """A module with a memory mode; setting it sets that of every part too, and a part can be set by itself."""
+
+    _recompute: Mode = "none"
+
+    @property
+    def recompute(self) -> Mode:
+        """The memory mode, ``"none"``, ``"selective"`` or ``"block"``: see :mod:`fastflow.recompute`."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, mode: Mode) -> None:
+        check_mode(mode)
+        for part in self.modules():
+            if isinstance(part, Recomputing):
+                part._recompute = mode
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether results that one product restores are kept."""
+        return self._recompute != "selective"
+
+
+def records(module: nn.Module, *tensors: Tensor | None) -> bool:
+    """Whether autograd records what ``module`` does with ``tensors``."""
+    return torch.is_grad_enabled() and (
+        any(x is not None and x.requires_grad for x in tensors) or any(p.requires_grad for p in module.parameters())
+    )
+
+
+def replayed(function: Any, *args: Any, draws: bool) -> Any:
+    """``function(*args)``, of which only ``args`` are kept; the backward pass calls it again.
+
+    Args:
+        draws: whether it draws from torch's generators, whose state is then put back for the second call and restored
+            after it, without a host synchronisation.
+    """
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws, determinism_check="none")
+
+
+class Block(Recomputing):
+    """A module of which the mode ``"block"`` keeps nothing but the inputs."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether a call draws from torch's generators: a dropout does."""
+        return False
+
+    def _compute(self, x: Tensor, *args: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        if self.recompute == "block" and records(self, x):
+            return replayed(self._compute, x, *args, draws=self.draws)
+        return self._compute(x, *args)
