@@ -296,6 +296,7 @@ class StabilityMonitor:
         return {
             "steps": self.steps,
             "lr_scale": self.lr_scale,
+            "updates": None if self._updates is None else self._updates.tolist(),
             "loss_history": list(self._loss_spikes.history),
             "gradient_history": list(self._gradient_spikes.history),
         }
@@ -303,6 +304,8 @@ class StabilityMonitor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a :meth:`state_dict`; load weights and optimizer before."""
         self.steps, self.lr_scale = state["steps"], state["lr_scale"]
+        device = next(self.flow.parameters()).device
+        self._updates = None if state["updates"] is None else torch.tensor(state["updates"], device=device)
         for detector, name in ((self._loss_spikes, "loss_history"), (self._gradient_spikes, "gradient_history")):
             detector.history.clear()
             detector.history.extend(state[name])
@@ -310,6 +313,11 @@ class StabilityMonitor:
         if self.on_spike == "roll-back":
             self._snapshots.append(self._snapshot())
         self._sample()
+
+    def show(self, name: str, path: Path) -> None:
+        """Show a picture file in TensorBoard, if that is written, at the step that was last taken."""
+        if self._log is not None:
+            self._log.image(self.steps - 1, name, path)
 
     def close(self) -> None:
         """Remove the hooks and close the files."""
