@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fastflow
-from fastflow.testing.counters import SavedTensors, current_module
+from fastflow.testing.counters import Counts, SavedTensors, current_module
 from fastflow.training import freeze, gradient_flow, parameter_groups, unfreeze
 from fastflow.training.parts import block_of, named_part_parameters, parts
 
@@ -290,6 +290,20 @@ def test_nothing_is_saved_in_parts_that_are_frozen_up_to_mu(name: str) -> None:
     assert sum(after.values()) < sum(before.values())
     loss_of(flow, batch).backward()
     assert flow.input_embedding.weight.grad is None
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("frozen", ["condition", "estimator"])
+def test_gradients_of_frozen_weights_are_not_computed(name: str, frozen: str) -> None:
+    def backward_flops(flow: nn.Module) -> int:
+        loss = loss_of(flow, make_batch(name, tokens=60))
+        with Counts() as counts:
+            loss.backward()
+        return counts.flops.total()
+
+    whole, flow = backward_flops(make_flow(name)), make_flow(name)
+    freeze(flow, *(part for part in PARTS[name] if (part == "estimator") == (frozen == "estimator")))
+    assert backward_flops(flow) < 0.98 * whole
 
 
 @pytest.mark.parametrize("name", TINY)

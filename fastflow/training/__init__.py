@@ -1,6 +1,15 @@
 """What a training run needs around the flow: diagnosis, parameter groups, monitoring, batches, checkpoints.
 
 The flow itself trains like any module; nothing here is needed for that.
+
+A moving average of the weights needs nothing of ours either; it synthesises, saves and loads as the flow does::
+
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    average = AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=True)
+    ...
+    average.update_parameters(flow)  # after each step
+    torch.save(average.module.state_dict(), "flow.pt")
 """
 
 from fastflow.training.gradients import Gradient, GradientFlow, gradient_flow
