@@ -465,6 +465,13 @@ def test_the_block_where_activations_grow_is_named(name: str) -> None:
     assert overflow.largest().output == max(a.output for a in overflow.activations)
 
 
+def test_a_table_of_vectors_does_not_grow_anything() -> None:
+    flow, batch = make_flow("tiny"), make_batch("tiny")
+    with OverflowMonitor(flow) as overflow, torch.no_grad():
+        flow(batch, "cpu")
+    assert overflow.grower().name.startswith("decoder.estimator")
+
+
 def test_the_first_block_that_overflows_is_named() -> None:
     flow, batch = make_flow("tiny3"), make_batch("tiny3")
     flow.get_submodule("decoder.estimator.transformer_blocks.1.ff").ff[2].bias.data.fill_(float("inf"))

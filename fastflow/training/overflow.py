@@ -113,7 +113,10 @@ class OverflowMonitor:
         for a in self.activations:
             if not math.isfinite(a.output):
                 return a
-            before = max(peak, 0.0 if math.isnan(a.input) else a.input)
+            if math.isnan(a.input):  # a table of vectors begins something, it does not make it grow
+                peak = max(peak, a.output)
+                continue
+            before = max(peak, a.input)
             if before > 0 and a.output / before > most:
                 best, most = a, a.output / before
             peak = max(before, a.output)
