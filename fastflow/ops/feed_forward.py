@@ -87,9 +87,9 @@ def on_gpu(  # type: ignore[no-untyped-def]
 ):
     """The op as two products of cuBLAS's between passes."""
     y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
-    hidden = linear_on_gpu(y, w1, b1).unflatten(0, x.shape[:2])
+    hidden = linear_on_gpu(y, w1, b1, *x.shape[:2])
     y = gpu_pass("activation_forward", backend)(hidden, activation)
-    y = linear_on_gpu(y.flatten(0, 1), w2, b2).unflatten(0, x.shape[:2])
+    y = linear_on_gpu(y.flatten(0, 1), w2, b2, *x.shape[:2])
     if residual:
         y = gpu_pass("gated_residual", backend)(y, x, gate)
     return y, stats, hidden if save_hidden else x.new_empty(0, x.shape[1], w1.shape[0])
@@ -263,6 +263,6 @@ def feed_forward(
     number = _NUMBERS[activation]
     if records:
         return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)[0]
-    packed = (packed_weights([w1], [b1]), packed_weights([w2], [b2])) if chosen == "cpu" else ()
+    packed = (packed_weights(x, [w1], [b1]), packed_weights(x, [w2], [b2])) if chosen == "cpu" else ()
     run = op("feed_forward", chosen)
     return run(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False, *packed)[0]

@@ -16,18 +16,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 torch.library.define("fastflow::pack_weights", "(Tensor[] weights, Tensor?[] biases) -> Tensor")
 
 
-@torch.library.register_fake("fastflow::pack_weights")
-def _(weights, biases):  # type: ignore[no-untyped-def]
-    size = torch.library.get_ctx().new_dynamic_size()
-    return weights[0].new_empty(size, dtype=torch.promote_types(weights[0].dtype, torch.float32))
-
-
 _cache = WeakTensorKeyDictionary()  # the first weight -> what all were when packed, and packed
 
 
-def packed_weights(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
-    """The weights ``[N_i, C]`` with their biases in one packed tensor, or None where they are not parameters."""
-    if torch.compiler.is_compiling() or not all(isinstance(weight, nn.Parameter) for weight in weights):
+def packed_weights(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """The weights ``[N_i, C]`` with their biases in one packed tensor.
+
+    None where a product with x is traced, or the weights are not parameters, which another call will hardly bring again.
+    """
+    real = type(x) is Tensor and all(type(weight) is nn.Parameter for weight in weights)
+    if torch.compiler.is_compiling() or not real:
         return None
     given = [t for t in (*weights, *biases) if t is not None]
     state = [(id(t), t.data_ptr(), t._version) for t in given]

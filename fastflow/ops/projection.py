@@ -78,8 +78,10 @@ def normalised_on_gpu(
     return y.flatten(0, 1), stats
 
 
-def linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+def linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, frames: int) -> Tensor:
+    """``[B * T, C]`` -> ``[B, T, N]``, not as a view: an autograd function's result must be safe to change in place."""
+    y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+    return torch.ops.aten._unsafe_view(y, [batch, frames, weight.shape[0]])
 
 
 def on_gpu(  # type: ignore[no-untyped-def]
@@ -87,7 +89,7 @@ def on_gpu(  # type: ignore[no-untyped-def]
 ):
     """The op as a product of cuBLAS's between a pass before it and one after it."""
     y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
-    y = linear_on_gpu(y, _joined(weights), _joined_biases(biases, weights)).unflatten(0, x.shape[:2])
+    y = linear_on_gpu(y, _joined(weights), _joined_biases(biases, weights), *x.shape[:2])
     return (y if residual is None else gpu_pass("gated_residual", backend)(y, residual, gate)), stats
 
 
@@ -293,5 +295,5 @@ def projection(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         function = ProjectionFunction.apply
         return function(x, scale, shift, eps, residual, gate, chosen, len(weights), *weights, *biases)[0]
-    packed = packed_weights(weights, biases) if chosen == "cpu" else None
+    packed = packed_weights(x, weights, biases) if chosen == "cpu" else None
     return op("projection", chosen)(x, weights, biases, scale, shift, eps, residual, gate, packed)[0]
