@@ -19,6 +19,7 @@
 #include "build_info.h"
 #include "conv_block.h"
 #include "cpu/kernels.h"
+#include "euler_step.h"
 #include "interpolate.h"
 #include "linear.h"
 
@@ -444,23 +445,54 @@ struct Stack {
   Weights weights() const { return {parts.data(), static_cast<int64_t>(parts.size()), rows, depth}; }
 };
 
-// The packed form of each stack; the panels of all are shared among the threads.
-void pack_weights(const Tensor& x, const std::vector<const Stack*>& stacks, const void** packed[]) {
+// A stack, its packed form if the caller keeps one, and where the kernel finds it.
+struct Packing {
+  const Stack& stack;
+  const OptionalTensor& kept;
+  const void*& packed;
+};
+
+// The kept form, if there is one and it belongs to these weights; of the others the panels are shared among the
+// threads.
+void pack_weights(const Tensor& x, const std::vector<Packing>& packings) {
+  const cpu::Kernels& kernels = cpu::kernels();
   const Dtype dtype = dtype_of(x);
   std::vector<int64_t> panels = {0}, offsets = {0};
-  for (const Stack* stack : stacks) {
-    panels.push_back(panels.back() + cpu::kernels().pack_panels(stack->rows, dtype));
-    offsets.push_back(offsets.back() + cpu::kernels().pack_elements(stack->rows, stack->depth, dtype));
+  for (const auto& [stack, kept, packed] : packings) {
+    const int64_t elements = kernels.pack_elements(stack.rows, stack.depth, dtype);
+    packed = nullptr;
+    if (kept) {
+      check_tensor("packed", *kept, {elements}, wide_type(x));
+      STD_TORCH_CHECK(kept->is_contiguous(), "packed must be contiguous");
+      if (kernels.is_packed(stack.weights(), dtype, kept->data_ptr())) packed = kept->data_ptr();
+    }
+    panels.push_back(panels.back() + (packed ? 0 : kernels.pack_panels(stack.rows, dtype)));
+    offsets.push_back(offsets.back() + (packed ? 0 : elements));
   }
   const int64_t size = wide_size(x);
   char* const memory = scratch<Scratch::shared>(offsets.back() * size);
-  for (size_t i = 0; i < stacks.size(); ++i) *packed[i] = memory + offsets[i] * size;
+  for (size_t i = 0; i < packings.size(); ++i)
+    if (!packings[i].packed) packings[i].packed = memory + offsets[i] * size;
   torch::stable::parallel_for(0, panels.back(), 4, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < stacks.size(); ++i) {
+    for (size_t i = 0; i < packings.size(); ++i) {
       const int64_t first = max_of(begin, panels[i]) - panels[i], last = min_of(end, panels[i + 1]) - panels[i];
-      if (first < last) cpu::kernels().pack(stacks[i]->weights(), dtype, const_cast<void*>(*packed[i]), first, last);
+      if (first < last)
+        kernels.pack(packings[i].stack.weights(), dtype, const_cast<void*>(packings[i].packed), first, last);
     }
   });
+}
+
+Tensor pack_weights_cpu(std::vector<Tensor> weights, std::vector<OptionalTensor> biases) {
+  STD_TORCH_CHECK(!weights.empty() && weights[0].is_cpu() && weights[0].dim() == 2,
+                  "weights must have shape [N, C] and be on the CPU");
+  const Stack stack(weights, biases, weights[0].size(1), weights[0].scalar_type());
+  const Dtype dtype = dtype_of(weights[0]);
+  Tensor packed = torch::stable::new_empty(weights[0], {cpu::kernels().pack_elements(stack.rows, stack.depth, dtype)},
+                                           wide_type(weights[0]));
+  torch::stable::parallel_for(0, cpu::kernels().pack_panels(stack.rows, dtype), 4, [&](int64_t begin, int64_t end) {
+    cpu::kernels().pack(stack.weights(), dtype, packed.data_ptr(), begin, end);
+  });
+  return packed;
 }
 
 LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
@@ -514,14 +546,13 @@ Tensor new_stats(const Tensor& x, const NormRule& norm) {
 std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
                                           std::vector<OptionalTensor> biases, OptionalTensor scale,
                                           OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
-                                          OptionalTensor gate) {
+                                          OptionalTensor gate, OptionalTensor packed) {
   check_signal(x);
   const NormRule norm = {scale, shift, eps};
   const Stack stack(weights, biases, x.size(2), x.scalar_type());
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
   LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
-  const void** packed[] = {&args.packed_out};
-  pack_weights(x, {&stack}, packed);
+  pack_weights(x, {{stack, packed, args.packed_out}});
   run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
   return {out, stats};
 }
@@ -530,7 +561,8 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
                                                     const Tensor& w2, OptionalTensor b2, int64_t activation,
                                                     OptionalTensor scale, OptionalTensor shift,
                                                     std::optional<double> eps, OptionalTensor gate, bool residual,
-                                                    bool save_hidden) {
+                                                    bool save_hidden, OptionalTensor packed_1,
+                                                    OptionalTensor packed_2) {
   check_signal(x);
   STD_TORCH_CHECK(w1.dim() == 2 && w1.size(0) > 0, "w1 must have shape [H, C]");
   STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
@@ -543,8 +575,7 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
   args.activation = static_cast<Activation>(activation);
   args.hidden = first.rows;
   args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
-  const void** packed[] = {&args.packed_hidden, &args.packed_out};
-  pack_weights(x, {&first, &second}, packed);
+  pack_weights(x, {{first, packed_1, args.packed_hidden}, {second, packed_2, args.packed_out}});
   run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
              (args.channels + args.out_channels + 1) / 2);
   return {out, stats, hidden};
@@ -727,6 +758,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_c
   return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
 }
 
+// ------------------------------------------------------------------------------------------------ euler_step
+struct EulerStep {
+  EulerStepArgs args;
+  Dtype x, velocity;
+  Tensor after, doubled;
+};
+
+EulerStep prepare_euler_step(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.dim() == 3, "x must have shape [B, T, C], got ", x.dim(), " dimensions");
+  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2);
+  const std::vector<int64_t> shape = {batch, frames, channels}, doubled_shape = {2 * batch, frames, channels};
+  STD_TORCH_CHECK(velocity.dim() == 3 && velocity.size(0) == 2 * batch && velocity.size(1) == frames &&
+                      velocity.size(2) == channels,
+                  "velocity must have shape ", shape_text(doubled_shape));
+  const Dtype of_x = dtype_of(x), of_velocity = dtype_of(velocity);
+  const bool same = of_x == of_velocity;
+  STD_TORCH_CHECK(same || (of_x == Dtype::float32 && of_velocity != Dtype::float64),
+                  "velocity must have the dtype of x, or 16 bits where x is float32");
+  STD_TORCH_CHECK(dt.numel() == 1 && dt.scalar_type() == x.scalar_type(), "dt must be one number of the dtype of x");
+  STD_TORCH_CHECK(velocity.device() == x.device() && dt.device() == x.device(),
+                  "velocity and dt must be on the device of x");
+  Tensor after = torch::stable::new_empty(x, same ? std::vector<int64_t>{0} : shape);
+  Tensor doubled = torch::stable::new_empty(velocity, doubled_shape);
+  const EulerStepArgs args = {batch,
+                              frames,
+                              channels,
+                              x.data_ptr(),
+                              {x.stride(0), x.stride(1), x.stride(2)},
+                              velocity.data_ptr(),
+                              {velocity.stride(0), velocity.stride(1), velocity.stride(2)},
+                              dt.data_ptr(),
+                              rate,
+                              same ? nullptr : after.data_ptr(),
+                              doubled.data_ptr()};
+  return {args, of_x, of_velocity, after, doubled};
+}
+
+std::tuple<Tensor, Tensor> euler_step_cpu(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  const EulerStep op = prepare_euler_step(x, velocity, dt, rate);
+  const auto run = cpu::kernels().euler_step;
+  const int64_t grain = max_of(1, kGrain / max_of(1, op.args.channels));
+  torch::stable::parallel_for(0, op.args.batch * op.args.frames, grain,
+                              [&](int64_t begin, int64_t end) { run(op.args, op.x, op.velocity, begin, end); });
+  return {op.after, op.doubled};
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -763,6 +841,269 @@ Tensor interpolate_backward_cuda(const Tensor& grad, std::optional<Tensor> rows,
   return run_cuda(cuda::interpolate_backward, prepare_backward(grad, rows, shared, in_frames, channels_first));
 }
 
+// The passes of norm, projection and feed_forward.  On a GPU these ops themselves are in Python, where torch's products
+// stand between the passes.
+void check_on_cuda(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype,
+                   const Tensor& like) {
+  STD_TORCH_CHECK(x.is_cuda() && x.device() == like.device(), name, " must be on the CUDA device of the others");
+  STD_TORCH_CHECK(x.scalar_type() == dtype, name, " has the wrong dtype");
+  bool fits = x.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; fits && d < shape.size(); ++d) fits = x.size(d) == shape[d];
+  STD_TORCH_CHECK(fits, name, " must have shape ", shape_text(shape));
+}
+
+const void* dense_on_cuda(const char* name, const Tensor& x, const std::vector<int64_t>& shape, ScalarType dtype,
+                          const Tensor& like) {
+  check_on_cuda(name, x, shape, dtype, like);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
+  return x.data_ptr();
+}
+
+// [size] or [batch, size].
+Vectors vectors_on_cuda(const char* name, const OptionalTensor& x, int64_t batch, int64_t size, const Tensor& like) {
+  if (!x) return {};
+  const bool per_row = x->dim() == 2;
+  check_on_cuda(name, *x, per_row ? std::vector<int64_t>{batch, size} : std::vector<int64_t>{size}, like.scalar_type(),
+                like);
+  return {x->data_ptr(), per_row ? x->stride(0) : 0, x->stride(per_row ? 1 : 0)};
+}
+
+// [B, T, C]
+std::vector<int64_t> signal_on_cuda(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3, name, " must have shape [B, T, C] and be on a CUDA device");
+  return {x.size(0), x.size(1), x.size(2)};
+}
+
+// Call run(dtype, stream) on the device of x.
+template <typename Run>
+void on_device_of(const Tensor& x, const Run& run) {
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  run(dtype_of(x), current_stream(device));
+}
+
+std::tuple<Tensor, Tensor> norm_forward_cuda(const Tensor& x, OptionalTensor scale, OptionalTensor shift, double eps) {
+  const std::vector<int64_t> shape = signal_on_cuda("x", x);
+  const int64_t batch = shape[0], frames = shape[1], channels = shape[2];
+  Tensor out = torch::stable::new_empty(x, shape),
+         stats = torch::stable::new_empty(x, {2, batch, frames}, wide_type(x));
+  const NormForwardArgs args = {batch,
+                                frames,
+                                signal_of(x),
+                                channels,
+                                vectors_on_cuda("scale", scale, batch, channels, x),
+                                vectors_on_cuda("shift", shift, batch, channels, x),
+                                eps,
+                                out.data_ptr(),
+                                stats.data_ptr()};
+  on_device_of(x, [&](Dtype dtype, void* stream) { cuda::norm_forward(args, dtype, stream); });
+  return {out, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_backward_cuda(const Tensor& grad, const Tensor& x, const Tensor& stats,
+                                                      OptionalTensor scale, OptionalTensor shift,
+                                                      OptionalTensor grad_residual) {
+  const std::vector<int64_t> shape = signal_on_cuda("x", x);
+  const int64_t batch = shape[0], frames = shape[1], channels = shape[2], chunks = ceil_div(frames, kNormChunk);
+  const ScalarType dtype = x.scalar_type();
+  Tensor grad_x = torch::stable::new_empty(x, shape), normalised = torch::stable::new_empty(x, shape);
+  Tensor sums = torch::stable::new_empty(x, {batch, chunks, 2, channels}, wide_type(x));
+  const NormBackwardArgs args = {
+      batch,
+      frames,
+      channels,
+      dense_on_cuda("grad", grad, shape, dtype, x),
+      dense_on_cuda("x", x, shape, dtype, x),
+      dense_on_cuda("stats", stats, {2, batch, frames}, wide_type(x), x),
+      vectors_on_cuda("scale", scale, batch, channels, x),
+      vectors_on_cuda("shift", shift, batch, channels, x),
+      grad_residual ? dense_on_cuda("grad_residual", *grad_residual, shape, dtype, x) : nullptr,
+      grad_x.data_ptr(),
+      normalised.data_ptr(),
+      sums.data_ptr()};
+  on_device_of(x, [&](Dtype dtype, void* stream) { cuda::norm_backward(args, dtype, stream); });
+  return {grad_x, normalised, sums};
+}
+
+Tensor gated_residual_cuda(const Tensor& y, const Tensor& residual, OptionalTensor gate) {
+  const std::vector<int64_t> shape = signal_on_cuda("y", y);
+  check_on_cuda("residual", residual, shape, y.scalar_type(), y);
+  Tensor out = torch::stable::new_empty(y, shape);
+  const GatedResidualArgs args = {shape[0],
+                                  shape[1],
+                                  shape[2],
+                                  dense_on_cuda("y", y, shape, y.scalar_type(), y),
+                                  signal_of(residual),
+                                  vectors_on_cuda("gate", gate, shape[0], shape[2], y),
+                                  out.data_ptr()};
+  on_device_of(y, [&](Dtype dtype, void* stream) { cuda::gated_residual(args, dtype, stream); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gate_backward_cuda(const Tensor& products, const Tensor& sums, const Tensor& weight,
+                                                      OptionalTensor bias, const Tensor& gate) {
+  const std::vector<int64_t> shape = signal_on_cuda("products", products);
+  const int64_t batch = shape[0], rows = shape[1], channels = shape[2];
+  const ScalarType dtype = products.scalar_type();
+  Tensor grad_weight = torch::stable::new_empty(products, {rows, channels});
+  Tensor grad_bias = torch::stable::new_empty(products, {rows});
+  Tensor grad_gate = torch::stable::new_empty(products, {batch, rows});
+  check_on_cuda("gate", gate, {batch, rows}, dtype, products);
+  const GateBackwardArgs args = {batch,
+                                 rows,
+                                 channels,
+                                 dense_on_cuda("products", products, shape, dtype, products),
+                                 dense_on_cuda("sums", sums, {batch, rows}, wide_type(products), products),
+                                 dense_on_cuda("weight", weight, {rows, channels}, dtype, products),
+                                 bias ? dense_on_cuda("bias", *bias, {rows}, dtype, products) : nullptr,
+                                 vectors_on_cuda("gate", gate, batch, rows, products),
+                                 grad_weight.data_ptr(),
+                                 grad_bias.data_ptr(),
+                                 grad_gate.data_ptr()};
+  on_device_of(products, [&](Dtype dtype, void* stream) { cuda::gate_backward(args, dtype, stream); });
+  return {grad_weight, grad_bias, grad_gate};
+}
+
+Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 1 && number <= 3, "activation must be 1, 2 or 3, got ", number);
+  return static_cast<Activation>(number);
+}
+
+Tensor activation_forward_cuda(const Tensor& hidden, int64_t activation) {
+  const std::vector<int64_t> shape = signal_on_cuda("hidden", hidden);
+  const void* x = dense_on_cuda("hidden", hidden, shape, hidden.scalar_type(), hidden);
+  Tensor out = torch::stable::new_empty(hidden, shape);
+  on_device_of(hidden, [&](Dtype dtype, void* stream) {
+    cuda::activation_forward(x, out.data_ptr(), activation_of(activation), hidden.numel(), dtype, stream);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> activation_backward_cuda(const Tensor& grad, const Tensor& hidden, int64_t activation) {
+  const std::vector<int64_t> shape = signal_on_cuda("hidden", hidden);
+  Tensor activated = torch::stable::new_empty(hidden, shape), grad_hidden = torch::stable::new_empty(hidden, shape);
+  const ActivationBackwardArgs args = {activation_of(activation),
+                                       dense_on_cuda("grad", grad, shape, hidden.scalar_type(), hidden),
+                                       dense_on_cuda("hidden", hidden, shape, hidden.scalar_type(), hidden),
+                                       activated.data_ptr(), grad_hidden.data_ptr()};
+  on_device_of(hidden,
+               [&](Dtype dtype, void* stream) { cuda::activation_backward(args, hidden.numel(), dtype, stream); });
+  return {activated, grad_hidden};
+}
+
+const int64_t* lengths_on_cuda(const OptionalTensor& lengths, const Tensor& x) {
+  if (!lengths) return nullptr;
+  check_on_cuda("lengths", *lengths, {x.size(0)}, ScalarType::Long, x);
+  STD_TORCH_CHECK(lengths->is_contiguous(), "lengths must be contiguous");
+  return static_cast<const int64_t*>(lengths->data_ptr());
+}
+
+Tensor conv_block_pad_cuda(const Tensor& x, OptionalTensor lengths, int64_t before, int64_t after) {
+  STD_TORCH_CHECK(x.is_cuda() && x.dim() == 3, "x must have shape [B, T, C] and be on a CUDA device");
+  STD_TORCH_CHECK(before >= 0 && after >= 0, "before and after must be >= 0, got ", before, " and ", after);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor out = torch::stable::new_empty(x, {x.size(0), before + x.size(1) + after, x.size(2)});
+  ConvBlockArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
+  args.x = sequence_of(x), args.lengths = lengths_on_cuda(lengths, x), args.out = out.data_ptr();
+  cuda::conv_block_pad(args, before, after, dtype_of(x), current_stream(x.get_device_index()));
+  return out;
+}
+
+// y is the convolution's output.
+ConvBlock conv_block_passes(const Tensor& y, const Tensor& bias, const Tensor& norm_weight, const Tensor& norm_bias,
+                            const OptionalTensor& lengths, const ConvRule& rule) {
+  STD_TORCH_CHECK(y.is_cuda() && y.dim() == 3 && y.is_contiguous(),
+                  "y must be contiguous, have shape [B, T, C'] and be on a CUDA device");
+  ConvBlockArgs args{};
+  args.batch = y.size(0), args.frames = y.size(1), args.width = y.size(2);
+  check_on_cuda("bias", bias, {args.width}, y.scalar_type(), y);
+  check_on_cuda("norm_weight", norm_weight, {args.width}, y.scalar_type(), y);
+  check_on_cuda("norm_bias", norm_bias, {args.width}, y.scalar_type(), y);
+  STD_TORCH_CHECK(rule.groups >= 0 && (rule.groups == 0 || args.width % rule.groups == 0),
+                  "groups must be 0 or divide ", args.width, ", got ", rule.groups);
+  args.groups = rule.groups, args.causal = rule.causal, args.exact = rule.exact, args.eps = rule.eps;
+  args.lengths = lengths_on_cuda(lengths, y);
+  args.y = y.data_ptr();
+  ConvBlock op = {args, y, torch::stable::contiguous(bias), torch::stable::contiguous(norm_weight),
+                  torch::stable::contiguous(norm_bias)};
+  op.args.bias = op.bias.data_ptr();
+  op.args.norm_weight = op.norm_weight.data_ptr(), op.args.norm_bias = op.norm_bias.data_ptr();
+  return op;
+}
+
+std::vector<int64_t> statistics_shape(const ConvBlockArgs& args) {
+  return {args.batch, args.groups ? args.groups : args.frames};
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_block_normalise_cuda(const Tensor& y, const Tensor& bias,
+                                                             const Tensor& norm_weight, const Tensor& norm_bias,
+                                                             OptionalTensor lengths, OptionalTensor time_bias,
+                                                             int64_t groups, bool causal, bool exact, double eps) {
+  auto [args, conv, b, scale, shift] =
+      conv_block_passes(y, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, eps});
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  OptionalTensor time;
+  if (time_bias) {
+    check_on_cuda("time_bias", *time_bias, {args.batch, args.width}, y.scalar_type(), y);
+    time = torch::stable::contiguous(*time_bias);
+    args.time_bias = time->data_ptr();
+  }
+  const int64_t chunks = groups ? cuda::conv_block_chunks(args) : 0;
+  Tensor out = torch::stable::new_empty(y, {args.batch, args.frames, args.width});
+  Tensor mean = torch::stable::new_empty(y, statistics_shape(args), wide_type(y));
+  Tensor rstd = torch::stable::new_empty(y, statistics_shape(args), wide_type(y));
+  Tensor moments = torch::stable::new_empty(y, {args.batch, chunks, 2, args.width}, wide_type(y));
+  args.out = out.data_ptr(), args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  ConvBlockPasses passes{};
+  passes.moments = moments.data_ptr();
+  cuda::conv_block_normalise(args, passes, dtype_of(y), current_stream(y.get_device_index()));
+  return {out, mean, rstd};
+}
+
+// dy with `before` frames of zeros before each row and `after` behind it, and the gradients of bias, norm_weight,
+// norm_bias and time_bias; `wanted` has a bit for each of these four, and one that is not wanted has the shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_normalise_backward_cuda(
+    const Tensor& grad, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& bias,
+    const Tensor& norm_weight, const Tensor& norm_bias, OptionalTensor lengths, int64_t groups, bool causal, bool exact,
+    int64_t before, int64_t after, int64_t wanted) {
+  auto [args, conv, b, scale, shift] =
+      conv_block_passes(y, bias, norm_weight, norm_bias, lengths, {groups, causal, exact, 0});
+  check_on_cuda("grad", grad, {args.batch, args.frames, args.width}, y.scalar_type(), y);
+  check_on_cuda("mean", mean, statistics_shape(args), wide_type(y), y);
+  check_on_cuda("rstd", rstd, statistics_shape(args), wide_type(y), y);
+  STD_TORCH_CHECK(mean.is_contiguous() && rstd.is_contiguous(), "mean and rstd must be contiguous");
+  STD_TORCH_CHECK(before >= 0 && after >= 0, "before and after must be >= 0, got ", before, " and ", after);
+  const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
+  args.grad = sequence_of(grad);
+  args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
+  const auto result = [&](int bit, std::vector<int64_t> shape, void*& data) {
+    const bool is_wanted = wanted >> bit & 1;
+    Tensor gradient = torch::stable::new_empty(y, is_wanted ? shape : std::vector<int64_t>{0});
+    data = is_wanted ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_bias = result(0, {args.width}, args.grad_bias);
+  Tensor grad_norm_weight = result(1, {args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = result(2, {args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = result(3, {args.batch, args.width}, args.grad_time_bias);
+  Tensor dy = torch::stable::new_empty(y, {args.batch, before + args.frames + after, args.width});
+  Tensor sums = torch::stable::new_empty(y, {4, args.batch, cuda::conv_block_chunks(args), args.width}, wide_type(y));
+  Tensor means = torch::stable::new_empty(y, {args.batch, groups ? groups : args.frames, 2}, wide_type(y));
+  const ConvBlockPasses passes = {nullptr, sums.data_ptr(), means.data_ptr(), dy.data_ptr(), before, after};
+  cuda::conv_block_differentiate(args, passes, dtype_of(y), current_stream(y.get_device_index()));
+  return {dy, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
+}
+
+std::tuple<Tensor, Tensor> euler_step_cuda(const Tensor& x, const Tensor& velocity, const Tensor& dt, double rate) {
+  STD_TORCH_CHECK(x.is_cuda(), "x must be on a CUDA device");
+  const EulerStep op = prepare_euler_step(x, velocity, dt, rate);
+  const int32_t device = x.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  cuda::euler_step(op.args, op.x, op.velocity, current_stream(device));
+  return {op.after, op.doubled};
+}
+
 #endif
 
 }  // namespace
@@ -774,18 +1115,30 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
   m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
+  m.impl("pack_weights", TORCH_BOX(&pack_weights_cpu));
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
   m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));
   m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
+  m.impl("euler_step", TORCH_BOX(&euler_step_cpu));
 }
 
 #ifdef FASTFLOW_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastflow, CUDA, m) {
   m.impl("interpolate", TORCH_BOX(&interpolate_cuda));
   m.impl("interpolate_backward", TORCH_BOX(&interpolate_backward_cuda));
+  m.impl("norm_forward", TORCH_BOX(&norm_forward_cuda));
+  m.impl("norm_backward", TORCH_BOX(&norm_backward_cuda));
+  m.impl("gated_residual", TORCH_BOX(&gated_residual_cuda));
+  m.impl("gate_backward", TORCH_BOX(&gate_backward_cuda));
+  m.impl("activation_forward", TORCH_BOX(&activation_forward_cuda));
+  m.impl("activation_backward", TORCH_BOX(&activation_backward_cuda));
+  m.impl("conv_block_pad", TORCH_BOX(&conv_block_pad_cuda));
+  m.impl("conv_block_normalise", TORCH_BOX(&conv_block_normalise_cuda));
+  m.impl("conv_block_normalise_backward", TORCH_BOX(&conv_block_normalise_backward_cuda));
+  m.impl("euler_step", TORCH_BOX(&euler_step_cuda));
 }
 #endif
 

@@ -1,6 +1,8 @@
 // projection and feed_forward: arguments.  The maths is in fastflow/ops/{norm,projection,feed_forward}.py.
 #pragma once
 
+#include <cmath>
+
 #include "common.h"
 
 namespace fastflow {
@@ -54,7 +56,7 @@ struct LinearArgs {
   int64_t block;  // frames of a task, of all rows one after the other
 };
 
-// The two passes of a backward over frames, in float32 or float64, all contiguous.
+// The passes of the backward over frames.  On the CPU in float32 or float64; x, grad and results are contiguous.
 struct NormBackwardArgs {
   int64_t batch, frames, channels;
   const void *grad, *x, *stats;  // grad: of the normalised x
@@ -63,12 +65,66 @@ struct NormBackwardArgs {
   void *grad_x, *normalised;  // [B, T, C]
   void* sums;                 // [B, ceil(T / kNormChunk), 2, C]: of grad * (x - mean) / deviation, and of grad
 };
-constexpr int64_t kNormChunk = 64;
+constexpr int64_t kNormChunk = 16;  // as in fastflow/ops/norm.py
 
 struct ActivationBackwardArgs {
   Activation activation;
   const void *grad, *pre_activation;
   void *activated, *grad_pre_activation;
 };
+
+// The passes of a GPU beside these two; what is not a Signal or Vectors is contiguous.
+struct NormForwardArgs {
+  int64_t batch, frames;
+  Signal x;
+  int64_t channels;
+  Vectors scale, shift;
+  double eps;
+  void *out, *stats;  // as in LinearArgs
+};
+
+// out = residual + gate * y
+struct GatedResidualArgs {
+  int64_t batch, frames, channels;
+  const void* y;
+  Signal residual;
+  Vectors gate;
+  void* out;
+};
+
+// Of gate * (x @ weight.T + bias), from the products grad_b.T @ x_b of each row of the batch.
+struct GateBackwardArgs {
+  int64_t batch, rows, channels;  // rows: of the weight
+  const void *products, *sums;    // [B, rows, C]; of grad over frames [B, rows], in float32 or float64
+  const void *weight, *bias;      // [rows, C], [rows] or null
+  Vectors gate;
+  void *grad_weight, *grad_bias, *grad_gate;
+};
+
+// The formulas of csrc/cpu/activation.h for single numbers.
+template <typename Real>
+struct Activated {
+  Real value, derivative;
+};
+
+// 1 / (1 + exp(-x)), which overflows nowhere and whose derivative is exact on both sides.
+template <typename Real>
+FASTFLOW_HD static inline Activated<Real> sigmoid(Real x) {
+  const Real power = std::exp(x < 0 ? x : -x), value = 1 / (1 + power);
+  return {x < 0 ? power * value : value, power * value * value};
+}
+
+template <typename Real>
+FASTFLOW_HD static inline Activated<Real> activate(Activation activation, Real x) {
+  if (activation == Activation::gelu) {
+    const Real cdf = Real(0.5) * std::erfc(Real(-0.70710678118654752440) * x);
+    return {x * cdf, cdf + x * Real(0.39894228040143267794) * std::exp(Real(-0.5) * x * x)};
+  }
+  constexpr Real factor = Real(1.59576912160573071176), cubic = Real(0.044715);
+  const bool tanh = activation == Activation::gelu_tanh;
+  const Activated<Real> gate = sigmoid(tanh ? factor * x * (1 + cubic * x * x) : x);
+  const Real slope = tanh ? factor * (1 + 3 * cubic * x * x) : Real(1);
+  return {x * gate.value, gate.value + x * gate.derivative * slope};
+}
 
 }  // namespace fastflow

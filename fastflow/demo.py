@@ -221,8 +221,8 @@ def train(arms: list[Arm], utterance: Utterance, steps: int, seed: int) -> None:
             progress.set_postfix({arm.backend: f"{arm.losses[-1]:.3f}" for arm in arms})
 
 
-def synthesise(flow: Any, utterance: Utterance, device: torch.device, seed: int) -> Tensor:
-    """The flow's own inference from the tokens, prompted by the first PROMPT seconds.
+def synthesise(flow: Any, utterance: Utterance, device: torch.device, seed: int, **options: Any) -> Tensor:
+    """The flow's own inference from the tokens, prompted by the first PROMPT seconds; ``options`` go to its solver.
 
     Returns:
         ``[frames, 80]`` on the CPU; the prompt's frames are the true ones.
@@ -245,7 +245,7 @@ def synthesise(flow: Any, utterance: Utterance, device: torch.device, seed: int)
         arguments.update(streaming=False, finalize=True)
     was_training = flow.training
     with seeded(seed, device):
-        mel, _ = flow.eval().inference(**arguments)
+        mel, _ = flow.eval().inference(**arguments, **options)
     flow.train(was_training)
     return torch.cat([utterance.mel[:prompt_frames], mel[0].T.cpu()])
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,6 +48,11 @@ class CausalConvPositionEmbedding(nn.Module):
         return x.transpose(1, 2)
 
 
+def _rest(cond: Tensor, mu: Tensor, spks: Tensor | None) -> list[Tensor]:
+    """The channels after x, ``[B, T, C]`` each."""
+    return [cond, mu] if spks is None else [cond, mu, spks[:, None].expand(-1, mu.shape[1], -1)]
+
+
 class InputEmbedding(nn.Module):
     """Project the channels x, cond, mu, spks (in this order) and add the convolutional position embedding."""
 
@@ -57,10 +62,17 @@ class InputEmbedding(nn.Module):
         self.conv_pos_embed = CausalConvPositionEmbedding(dim)
 
     def forward(self, x: Tensor, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
-        parts = [x, cond, mu]
-        if spks is not None:
-            parts.append(spks[:, None].expand(-1, x.shape[1], -1))
-        x = self.proj(torch.cat(parts, -1))
+        x = self.proj(torch.cat([x, *_rest(cond, mu, spks)], -1))
+        return x + self.conv_pos_embed(x)
+
+    def invariant(self, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
+        """The projection of all channels but those of x, ``[B, T, dim]``."""
+        rest = torch.cat(_rest(cond, mu, spks), -1)
+        return F.linear(rest, self.proj.weight[:, -rest.shape[-1] :], self.proj.bias)
+
+    def complete(self, x: Tensor, invariant: Tensor) -> Tensor:
+        """What :meth:`forward` gives, from x and the projection of the rest."""
+        x = projection(x, [self.proj.weight[:, : x.shape[-1]]], [None], residual=invariant)
         return x + self.conv_pos_embed(x)
 
 
@@ -203,6 +215,14 @@ class DiTBlock(Block):
         return self.ff(x, modulated(shift_ff, scale_ff), gate_ff)
 
 
+class Invariants(NamedTuple):
+    """What the evaluations of a solver share: the input's projection but for x, the lengths, the rotary table."""
+
+    input: Tensor
+    lengths: Tensor
+    rotary: tuple[Tensor, Tensor]
+
+
 class DiT(Recomputing):
     """The estimator of CosyVoice 3.
 
@@ -219,6 +239,8 @@ class DiT(Recomputing):
         static_chunk_size: frames of a chunk in streaming mode.
         num_decoding_left_chunks: ignored, as upstream does: all chunks to the left are seen.
     """
+
+    ignores_padding = True  # frames that the mask hides change no other frame
 
     def __init__(
         self,
@@ -254,6 +276,11 @@ class DiT(Recomputing):
         e = F.silu(self.time_embed(t))
         return [*(block.attn_norm(e) for block in self.transformer_blocks), self.norm_out(e)]  # type: ignore[operator]
 
+    def invariants(self, mask: Tensor, mu: Tensor, spks: Tensor | None, cond: Tensor) -> Invariants:
+        """All that depends on neither x nor t."""
+        known = self.input_embed.invariant(cond.transpose(1, 2), mu.transpose(1, 2), spks)
+        return Invariants(known, (mask[:, 0] > 0).sum(-1), self.rotary_embed(mu.shape[2]))
+
     def forward(
         self,
         x: Tensor,
@@ -264,8 +291,11 @@ class DiT(Recomputing):
         cond: Tensor | None = None,
         streaming: bool = False,
         time: Sequence[Tensor] | None = None,
+        fixed: Invariants | None = None,
     ) -> Tensor:
         """The velocity at (x, t); arguments as :meth:`fastflow.ConditionalDecoder.forward`.
+
+        With ``fixed``, neither mask, mu, spks nor cond is read.
 
         Returns:
             ``[B, 80, T]``; padded frames hold arbitrary finite values.
@@ -273,10 +303,12 @@ class DiT(Recomputing):
         x, mu = x.transpose(1, 2), mu.transpose(1, 2)
         cond = torch.zeros_like(x) if cond is None else cond.transpose(1, 2)
         *modulations, last = self.time_table(t.expand(x.shape[0])) if time is None else time
-        lengths = (mask[:, 0] > 0).sum(-1)
         chunk = self.static_chunk_size if streaming else 0
-        x = self.input_embed(x, cond, mu, spks)
-        rotary = self.rotary_embed(x.shape[1])
+        if fixed is None:
+            x, lengths = self.input_embed(x, cond, mu, spks), (mask[:, 0] > 0).sum(-1)
+            rotary = self.rotary_embed(x.shape[1])
+        else:
+            x, lengths, rotary = self.input_embed.complete(x, fixed.input), fixed.lengths, fixed.rotary
         skip = x
         for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
             x = block(x, modulation, lengths, chunk, rotary)

@@ -8,7 +8,7 @@ from torch's generator too, so that a step reads nothing back from the device ev
 
 import random
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,11 @@ from fastflow.length_regulator import MEL_RATE, implied_frames, mel_frames
 from fastflow.lengths import POLICIES, Policy, check_tolerance, resample
 from fastflow.ops.attention import length_mask
 from fastflow.recompute import Recomputing
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fastflow.flow_matching import SolverOptions
 
 N_TIMESTEPS = 10
 Randomness = Literal["upstream", "device"]
@@ -237,14 +242,17 @@ class _Flow(Recomputing):
         for name, x in tensors.items():
             check_device(name, x, self.spk_embed_affine_layer.weight.device)
 
-    def _solver_inputs(self, h: Tensor, prompt_feat: Tensor) -> dict[str, Any]:
-        """mu, mask and cond for the decoder from encoder frames ``[1, T, 80]`` and the prompt's mel."""
+    def _solver_inputs(self, h: Tensor, prompt_feat: Tensor, options: "SolverOptions") -> dict[str, Any]:
+        """Arguments of the decoder from encoder frames ``[1, T, 80]``, the prompt's mel, and the caller's options."""
+        schedule = options.get("schedule")
+        named = schedule is None or isinstance(schedule, str)
         cond = F.pad(prompt_feat.to(h.dtype), (0, 0, 0, h.shape[1] - prompt_feat.shape[1]))
         return {
             "mu": h.transpose(1, 2).contiguous(),
             "mask": h.new_ones(1, 1, h.shape[1]),
             "cond": cond.transpose(1, 2),
-            "n_timesteps": N_TIMESTEPS,
+            "n_timesteps": N_TIMESTEPS if named else None,
+            **options,
         }
 
 
@@ -355,6 +363,7 @@ class MaskedDiffWithXvec(_Flow):
         prompt_feat_len: Tensor,
         embedding: Tensor,
         flow_cache: Tensor,
+        **options: "Unpack[SolverOptions]",
     ) -> tuple[Tensor, Tensor]:
         """Synthesise the mel of one utterance, or of its next chunk.
 
@@ -367,6 +376,8 @@ class MaskedDiffWithXvec(_Flow):
             prompt_feat_len: unused, as upstream.
             embedding: ``[1, 192]`` x-vector.
             flow_cache: ``[1, 80, K, 2]`` from the chunk before; K = 0 at the start.
+            options: of the solver, as :meth:`fastflow.ConditionalCFM.forward` takes them: ``n_timesteps`` (10),
+                ``temperature`` (1.0), ``schedule``, ``sway_coefficient``, ``method``, ``cfg_rate``.
 
         Returns:
             The mel ``[1, 80, int(N / input_frame_rate * 22050 / 256)]`` float32 and the new cache.
@@ -386,7 +397,7 @@ class MaskedDiffWithXvec(_Flow):
             h[:, :prompt_tokens], h[:, prompt_tokens:], prompt_frames, frames, self.input_frame_rate
         )
         mel, cache = self.decoder(
-            **self._solver_inputs(h, prompt_feat), spks=spks, prompt_len=prompt_frames, cache=flow_cache
+            **self._solver_inputs(h, prompt_feat, options), spks=spks, prompt_len=prompt_frames, cache=flow_cache
         )
         return mel[:, :, prompt_frames:], cache
 
@@ -461,6 +472,7 @@ class _CausalFlow(_Flow):
         embedding: Tensor,
         streaming: bool,
         finalize: bool,
+        **options: "Unpack[SolverOptions]",
     ) -> tuple[Tensor, None]:
         """Synthesise the mel of one utterance, or of all its tokens so far.
 
@@ -474,6 +486,8 @@ class _CausalFlow(_Flow):
             embedding: ``[1, 192]`` x-vector.
             streaming: attention sees its own chunk and all before it.
             finalize: False keeps the last ``pre_lookahead_len`` tokens as look-ahead, without frames of their own.
+            options: of the solver, as :meth:`fastflow.ConditionalCFM.forward` takes them: ``n_timesteps`` (10),
+                ``temperature`` (1.0), ``schedule``, ``sway_coefficient``, ``method``, ``cfg_rate``.
 
         Returns:
             The mel ``[1, 80, frames - M]`` float32, where frames is ``token_mel_ratio`` times the tokens, and None.
@@ -492,7 +506,7 @@ class _CausalFlow(_Flow):
         vectors = self._embed(tokens, lengths)
         context = None if finalize else vectors[:, spoken:]
         h = self._encode(vectors[:, :spoken], lengths, streaming, context)
-        mel, _ = self.decoder(**self._solver_inputs(h, prompt_feat), spks=spks, streaming=streaming)
+        mel, _ = self.decoder(**self._solver_inputs(h, prompt_feat, options), spks=spks, streaming=streaming)
         return mel[:, :, prompt_feat.shape[1] :], None
 
 

@@ -1,13 +1,19 @@
-"""Conditional flow matching: the training loss and the Euler solver around an estimator."""
+"""Conditional flow matching: the training loss and the ODE solver around an estimator."""
 
-from collections.abc import Mapping
-from typing import Any
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, TypedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastflow import graphs
+from fastflow.checks import readable
+from fastflow.ops.euler_step import euler_step
 from fastflow.recompute import Recomputing
 
 CACHED_FRAMES = 34  # the mel overlap of CosyVoice 1's stream: 20 tokens at 50 Hz
@@ -27,8 +33,87 @@ def _params(cfm_params: Any) -> dict[str, Any]:
     return given
 
 
+SCHEDULES = ("cosine", "linear", "sway")
+SWAY = (-1.0, 2 / (math.pi - 2))  # the coefficients for which the times increase
+
+Schedule = str | Sequence[float] | Tensor
+Velocity = Callable[[Tensor, int], Tensor]  # of two of x below each other ``[2 * B, T, 80]``, at the n-th time
+
+
+class SolverOptions(TypedDict, total=False):
+    """What ``flow.inference`` hands to the solver; :meth:`ConditionalCFM.forward` says what each means."""
+
+    n_timesteps: int | None
+    temperature: float
+    schedule: Schedule | None
+    sway_coefficient: float
+    method: str
+    cfg_rate: float | None
+
+
+def _is_number(x: object, smallest: float, largest: float = math.inf) -> bool:
+    """Whether ``x`` is a finite number in this range."""
+    return isinstance(x, Real) and math.isfinite(x) and smallest <= float(x) <= largest
+
+
+def _explicit_times(schedule: Sequence[float] | Tensor, n_timesteps: int | None) -> Tensor:
+    if not isinstance(schedule, Tensor):
+        schedule = torch.tensor(schedule, dtype=torch.float64)
+    if schedule.dim() != 1 or not schedule.is_floating_point() or len(schedule) < 2:
+        given = f"{schedule.dtype} {list(schedule.shape)}"
+        raise ValueError(f"schedule must hold at least two times in one dimension, got {given}")
+    if n_timesteps is not None and n_timesteps != len(schedule) - 1:
+        raise ValueError(f"n_timesteps is {n_timesteps} but the times of schedule make {len(schedule) - 1} steps")
+    if readable(schedule):
+        times = schedule.tolist()
+        # Written so that NaN fails.
+        if not (times[0] == 0 and times[-1] == 1 and all(a < b for a, b in itertools.pairwise(times))):
+            raise ValueError(f"schedule must increase from 0 to 1, got {times}")
+    return schedule
+
+
+def time_grid(
+    schedule: Schedule,
+    n_timesteps: int | None,
+    *,
+    sway_coefficient: float = -1.0,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The times from 0 to 1 between which the solver steps.
+
+    Args:
+        schedule: ``"linear"``: ``u = 0, 1/n, ..., 1``; ``"cosine"``: ``1 - cos(u * pi / 2)``, upstream's; ``"sway"``:
+            ``u + s * (cos(u * pi / 2) - 1 + u)``, the sway sampling of F5-TTS (arXiv 2410.06885), which for s = -1
+            is the cosine schedule and for s = 0 the linear one; or the times themselves, n + 1 of them.
+        n_timesteps: n; None where ``schedule`` holds the times.
+        sway_coefficient: s, in [-1, 1.75]: below 0 the steps are short where t is small.
+
+    Returns:
+        ``[n + 1]``.
+
+    Raises:
+        ValueError: an unknown schedule, n below 1, times that do not increase from 0 to 1 (not looked at on a GPU), or
+            a coefficient for which they would not.
+    """
+    if not isinstance(schedule, str):
+        return _explicit_times(schedule, n_timesteps).to(device, dtype, non_blocking=True)
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, or times from 0 to 1; got {schedule!r}")
+    if not isinstance(n_timesteps, Integral) or n_timesteps < 1:
+        raise ValueError(f"n_timesteps must be a whole number >= 1, got {n_timesteps!r}")
+    if not _is_number(sway_coefficient, *SWAY):
+        raise ValueError(f"sway_coefficient must lie in [{SWAY[0]:.0f}, {SWAY[1]:.4f}], got {sway_coefficient!r}")
+    u = torch.linspace(0, 1, n_timesteps + 1, device=device, dtype=dtype)
+    if schedule == "cosine":
+        return 1 - torch.cos(u * 0.5 * torch.pi)
+    if schedule == "sway":
+        return u + sway_coefficient * (torch.cos(u * 0.5 * torch.pi) - 1 + u)
+    return u
+
+
 def euler_grid(t_span: Tensor) -> tuple[Tensor, Tensor]:
-    """Times and step sizes ``[n]`` of Euler's steps along ``t_span`` ``[n + 1]``.
+    """Times and step sizes ``[n]`` of the steps along ``t_span`` ``[n + 1]``.
 
     As upstream, a step ends where the sum of the steps says, not at its entry of ``t_span``: they differ by rounding.
     """
@@ -42,6 +127,36 @@ def euler_grid(t_span: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack([*times, t]), torch.stack([*steps, dt])
 
 
+def _euler(x: Tensor, twice: Tensor, steps: Tensor, rate: float, velocity: Velocity) -> Tensor:
+    for n, dt in enumerate(steps.unbind()):
+        x, twice = euler_step(x, velocity(twice, n), dt, rate)
+    return x
+
+
+def _midpoint(x: Tensor, twice: Tensor, steps: Tensor, rate: float, velocity: Velocity) -> Tensor:
+    """The slope in the middle of a step, where half an Euler step leads, for the whole step."""
+    for n, (dt, half) in enumerate(zip(steps.unbind(), (steps / 2).unbind(), strict=True)):
+        _, middle = euler_step(x, velocity(twice, 2 * n), half, rate)
+        x, twice = euler_step(x, velocity(middle, 2 * n + 1), dt, rate)
+    return x
+
+
+def _adams_bashforth(x: Tensor, twice: Tensor, steps: Tensor, rate: float, velocity: Velocity) -> Tensor:
+    """``x + dt * ((1 + r / 2) * v - r / 2 * v_before)``, r the ratio of this step to the one before; first Euler."""
+    extra = F.pad(steps[1:] * steps[1:] / steps[:-1] / 2, (1, 0))
+    before: Tensor | None = None
+    for n, (forward, back) in enumerate(zip((steps + extra).unbind(), (-extra).unbind(), strict=True)):
+        slope = velocity(twice, n)
+        if before is not None:
+            x, _ = euler_step(x, before, back, rate)
+        x, twice = euler_step(x, slope, forward, rate)
+        before = slope
+    return x
+
+
+METHODS = {"euler": _euler, "midpoint": _midpoint, "ab2": _adams_bashforth}
+
+
 class ConditionalCFM(Recomputing):
     """The flow-matching wrapper of CosyVoice 1.  It owns no parameters but the estimator's.
 
@@ -50,7 +165,12 @@ class ConditionalCFM(Recomputing):
         cfm_params: ``t_scheduler``, ``training_cfg_rate``, ``inference_cfg_rate`` and ``sigma_min`` as a dict, a
             namespace or an omegaconf DictConfig.
         estimator: called with (x, mask, mu, t, spks, cond, streaming=...).
+
+    Set ``cuda_graphs`` to False, or the environment variable FASTFLOW_CUDA_GRAPHS to 0 before the start, and inference
+    on a GPU makes no CUDA graphs (:mod:`fastflow.graphs`).
     """
+
+    cuda_graphs = graphs.ENABLED
 
     def __init__(
         self,
@@ -73,28 +193,43 @@ class ConditionalCFM(Recomputing):
         self,
         mu: Tensor,
         mask: Tensor,
-        n_timesteps: int,
+        n_timesteps: int | None,
         temperature: float = 1.0,
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         prompt_len: int = 0,
         cache: Tensor | None = None,
+        *,
+        schedule: Schedule | None = None,
+        sway_coefficient: float = -1.0,
+        method: str = "euler",
+        cfg_rate: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Solve from noise to mel.
 
         Args:
             mu: ``[B, 80, T]`` encoder output.  **Overwritten** in the first K frames by those of the cache.
             mask: ``[B, 1, T]``.
-            n_timesteps: Euler steps.
+            n_timesteps: steps from t = 0 to t = 1; None where ``schedule`` holds the times.  A step evaluates the
+                estimator once, and with ``method="midpoint"`` twice.
             temperature: scale of the noise.
             spks: ``[B, 80]``.
             cond: ``[B, 80, T]``.
             prompt_len: frames of the prompt, which the new cache keeps together with the last 34.
             cache: ``[1, 80, K, 2]``, noise and mu of the previous chunk's prompt and end.
+            schedule: the times, as :func:`time_grid` takes them; None takes ``t_scheduler``.
+            sway_coefficient: of the schedule ``"sway"``.
+            method: ``"euler"``, upstream's; ``"midpoint"``; or ``"ab2"``, Adams-Bashforth of second order, which reuses
+                the slope of the step before, with a first step by Euler.
+            cfg_rate: of the guidance; None takes ``inference_cfg_rate``.
 
         Returns:
             The mel ``[B, 80, T]`` float32 and the new cache.
+
+        Raises:
+            ValueError: an option that does not fit, by name.
         """
+        t_span = self._times(mu, n_timesteps, temperature, schedule, sway_coefficient)
         z = torch.randn_like(mu) * temperature
         if cache is not None and (known := cache.shape[2]):
             z[:, :, :known] = cache[..., 0]
@@ -102,22 +237,42 @@ class ConditionalCFM(Recomputing):
         new_cache = torch.stack(
             [torch.cat([y[:, :, :prompt_len], y[:, :, -CACHED_FRAMES:]], 2) for y in (z, mu)], dim=-1
         )
-        return self._solve(z, mu, mask, n_timesteps, spks, cond, streaming=False), new_cache
+        return self._infer(z, t_span, mu, mask, spks, cond, False, method, cfg_rate), new_cache
 
-    def _solve(
+    def _times(
         self,
-        z: Tensor,
+        mu: Tensor,
+        n_timesteps: int | None,
+        temperature: float,
+        schedule: Schedule | None,
+        sway_coefficient: float,
+    ) -> Tensor:
+        """The time grid of a call; the dtype is that of mu, as upstream's."""
+        if not _is_number(temperature, 0.0):
+            raise ValueError(f"temperature must be a number >= 0, got {temperature!r}")
+        if schedule is None:
+            schedule = "cosine" if self.t_scheduler == "cosine" else "linear"
+        return time_grid(schedule, n_timesteps, sway_coefficient=sway_coefficient, device=mu.device, dtype=mu.dtype)
+
+    def _infer(
+        self,
+        x: Tensor,
+        t_span: Tensor,
         mu: Tensor,
         mask: Tensor,
-        n_timesteps: int,
         spks: Tensor | None,
         cond: Tensor | None,
         streaming: bool,
+        method: str,
+        cfg_rate: float | None,
     ) -> Tensor:
-        t_span = torch.linspace(0, 1, n_timesteps + 1, device=mu.device, dtype=mu.dtype)
-        if self.t_scheduler == "cosine":
-            t_span = 1 - torch.cos(t_span * 0.5 * torch.pi)
-        return self.solve_euler(z, t_span, mu, mask, spks, cond, streaming=streaming)
+        """:meth:`solve`, by a CUDA graph where that may be."""
+        inputs = {"x": x, "t_span": t_span, "mu": mu, "mask": mask, "spks": spks, "cond": cond}
+        rate = self.inference_cfg_rate if cfg_rate is None else cfg_rate
+        options = {"streaming": streaming, "method": method, "cfg_rate": rate}
+        if self.cuda_graphs and graphs.wanted(self.estimator, x):
+            return graphs.run(graphs.cache_of(self), self.estimator, self.solve, inputs, options)
+        return self.solve(**inputs, **options)  # type: ignore[arg-type]
 
     def solve_euler(
         self,
@@ -129,33 +284,80 @@ class ConditionalCFM(Recomputing):
         cond: Tensor | None,
         streaming: bool = False,
     ) -> Tensor:
-        """Euler steps along ``t_span`` ``[n + 1]`` with classifier-free guidance.
+        """:meth:`solve` under upstream's name and with upstream's arguments."""
+        return self.solve(x, t_span, mu, mask, spks, cond, streaming)
 
-        Every step calls the estimator once, the conditional rows before the unconditional ones, whose mu, spks and
+    def solve(
+        self,
+        x: Tensor,
+        t_span: Tensor,
+        mu: Tensor,
+        mask: Tensor,
+        spks: Tensor | None = None,
+        cond: Tensor | None = None,
+        streaming: bool = False,
+        *,
+        method: str = "euler",
+        cfg_rate: float | None = None,
+    ) -> Tensor:
+        """Step along ``t_span`` ``[n + 1]`` with classifier-free guidance.
+
+        An evaluation calls the estimator once, the conditional rows before the unconditional ones, whose mu, spks and
         cond are zero.  The buffers have the dtype of ``spks``, which is half under autocast.
+
+        Args:
+            x: ``[B, 80, T]`` noise.
+            The others as :meth:`forward`.
+
+        Returns:
+            ``[B, 80, T]`` float32.
+
+        Raises:
+            ValueError: an unknown method, or a ``cfg_rate`` that is no number >= 0.
         """
+        if method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        rate = self.inference_cfg_rate if cfg_rate is None else cfg_rate
+        if not _is_number(rate, 0.0):
+            raise ValueError(f"cfg_rate must be a number >= 0, got {rate!r}")
         spks = mu.new_zeros(mu.shape[:2]) if spks is None else spks
         cond = torch.zeros_like(mu) if cond is None else cond
-        batch = x.shape[0]
+        times, steps = euler_grid(t_span)
+        if method == "midpoint":
+            times = torch.stack([times, times + steps / 2], 1).flatten()
+        velocity = self._guided_velocity(times, mask, mu, spks, cond, streaming)
+        x = x.transpose(1, 2).contiguous()  # as the estimators compute
+        x = METHODS[method](x, x.to(spks.dtype).repeat(2, 1, 1), steps, rate, velocity)
+        return x.transpose(1, 2).float().contiguous()
+
+    def _guided_velocity(
+        self, times: Tensor, mask: Tensor, mu: Tensor, spks: Tensor, cond: Tensor, streaming: bool
+    ) -> Velocity:
+        """The estimator at each of ``times`` ``[n]``, after everything that does not depend on x is computed once."""
+        rows, dtype = 2 * mu.shape[0], spks.dtype
 
         def guided(y: Tensor) -> Tensor:
-            y = y.to(spks.dtype)
+            y = y.to(dtype)
             return torch.cat([y, torch.zeros_like(y)])
 
-        mask2, mu2, spks2, cond2 = mask.to(spks.dtype).repeat(2, 1, 1), guided(mu), guided(spks), guided(cond)
-        rate = self.inference_cfg_rate
-        times, steps = euler_grid(t_span)
-        # What depends on the time alone is computed for all steps at once.
-        time_table: Any = getattr(self.estimator, "time_table", None)
-        table = None if time_table is None else time_table(times.to(spks.dtype))
-        for n, (t, dt) in enumerate(zip(times.unbind(), steps.unbind(), strict=True)):
-            x2 = x.to(spks.dtype).repeat(2, 1, 1)
-            known = {} if table is None else {"time": [part[n].expand(2 * batch, -1) for part in table]}
-            t2 = t.to(spks.dtype).expand(2 * batch)
-            velocity = self._velocity(x2, mask2, mu2, t2, spks2, cond2, streaming, **known)
-            conditional, unconditional = velocity.split(batch)
-            x = x + dt * ((1.0 + rate) * conditional - rate * unconditional)
-        return x.float()
+        mask2, mu2, spks2, cond2 = mask.to(dtype).repeat(2, 1, 1), guided(mu), guided(spks), guided(cond)
+        times = times.to(dtype)
+        estimator: Any = self.estimator
+        known: list[dict[str, Any]] = [{} for _ in times]
+        if hasattr(estimator, "time_table"):
+            parts = [part[:, None].expand(-1, rows, -1).unbind() for part in estimator.time_table(times)]
+            known = [{"time": time} for time in zip(*parts, strict=True)]
+        if hasattr(estimator, "invariants"):
+            fixed = estimator.invariants(mask2, mu2, spks2, cond2)
+            known = [{**each, "fixed": fixed} for each in known]
+        times2 = times[:, None].expand(-1, rows).unbind()
+
+        def velocity(twice: Tensor, n: int) -> Tensor:
+            x2 = twice.to(dtype).transpose(1, 2)
+            y = self._velocity(x2, mask2, mu2, times2[n], spks2, cond2, streaming, **known[n])
+            return y.transpose(1, 2)
+
+        return velocity
 
     def _velocity(self, x, mask, mu, t, spks, cond, streaming, **known):  # type: ignore[no-untyped-def]
         if self.estimator is None:
@@ -230,32 +432,35 @@ class CausalConditionalCFM(ConditionalCFM):
         self,
         mu: Tensor,
         mask: Tensor,
-        n_timesteps: int,
+        n_timesteps: int | None,
         temperature: float = 1.0,
         spks: Tensor | None = None,
         cond: Tensor | None = None,
         streaming: bool = False,
+        *,
+        schedule: Schedule | None = None,
+        sway_coefficient: float = -1.0,
+        method: str = "euler",
+        cfg_rate: float | None = None,
     ) -> tuple[Tensor, None]:
         """Solve from the fixed noise to mel.
 
         Args:
             mu: ``[B, 80, T]`` encoder output.
-            mask: ``[B, 1, T]``.
-            n_timesteps: Euler steps.
-            temperature: scale of the noise.
-            spks: ``[B, 80]``.
-            cond: ``[B, 80, T]``.
             streaming: as the estimator's.
+            The others as :meth:`ConditionalCFM.forward`.
 
         Returns:
             The mel ``[B, 80, T]`` float32, and None for upstream's second value.
 
         Raises:
-            ValueError: more frames than ``rand_noise`` has.
+            ValueError: more frames than ``rand_noise`` has, or an option that does not fit, by name.
         """
         frames = mu.shape[2]
         if frames > self.rand_noise.shape[2]:
             raise ValueError(f"mu has {frames} frames, prompt included; at most {self.rand_noise.shape[2]} are allowed")
-        z = self.rand_noise[:, :, :frames].to(mu) * temperature
+        t_span = self._times(mu, n_timesteps, temperature, schedule, sway_coefficient)
+        # The copy to a GPU is only queued: the host does not wait for it.
+        z = self.rand_noise[:, :, :frames].contiguous().to(mu.device, mu.dtype, non_blocking=True) * temperature
         z = z.expand(mu.shape[0], -1, -1)
-        return self._solve(z, mu, mask, n_timesteps, spks, cond, streaming), None
+        return self._infer(z, t_span, mu, mask, spks, cond, streaming, method, cfg_rate), None

@@ -6,7 +6,7 @@ Everything between the ends works on ``[B, T, C]``.  The key of every parameter 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -198,6 +198,14 @@ class Stage(nn.ModuleList):
         return x
 
 
+class Invariants(NamedTuple):
+    """What the evaluations of a solver share: all input channels but those of x, and by level the masks and lengths."""
+
+    input: Tensor
+    masks: list[Tensor]
+    lengths: list[Tensor]
+
+
 class ConditionalDecoder(Recomputing):
     """The U-Net of CosyVoice 1.  ``channels`` has one entry per level; between two levels time is halved.
 
@@ -213,6 +221,7 @@ class ConditionalDecoder(Recomputing):
     """
 
     causal = False
+    ignores_padding = False  # frames that the mask hides change the others, since GroupNorm counts them
     down_blocks: Any
     up_blocks: Any
 
@@ -274,6 +283,18 @@ class ConditionalDecoder(Recomputing):
         stages = (*self.down_blocks, *self.mid_blocks, *self.up_blocks)
         return [stage[0].mlp(e) for stage in stages]  # type: ignore[index]
 
+    def invariants(self, mask: Tensor, mu: Tensor, spks: Tensor | None, cond: Tensor | None) -> Invariants:
+        """All that depends on neither x nor t."""
+        parts = [mu.transpose(1, 2)]
+        if spks is not None:
+            parts.append(spks[:, None].expand(-1, mu.shape[2], -1))
+        if cond is not None:
+            parts.append(cond.transpose(1, 2))
+        masks = [mask[:, 0, :, None]]
+        for _ in self.down_blocks[1:]:
+            masks.append(masks[-1][:, ::2])
+        return Invariants(torch.cat(parts, 2), masks, [(m[..., 0] > 0).sum(-1) for m in masks])
+
     def forward(
         self,
         x: Tensor,
@@ -284,6 +305,7 @@ class ConditionalDecoder(Recomputing):
         cond: Tensor | None = None,
         streaming: bool = False,
         time: Sequence[Tensor] | None = None,
+        fixed: Invariants | None = None,
     ) -> Tensor:
         """The velocity at (x, t).
 
@@ -296,22 +318,15 @@ class ConditionalDecoder(Recomputing):
             cond: ``[B, 80, T]`` known mel frames, zero elsewhere.
             streaming: attention sees its own chunk and all before it; without effect in CosyVoice 1.
             time: what :meth:`time_table` gives for t, if the caller has it.
+            fixed: what :meth:`invariants` gives, if the caller has it: then mask, mu, spks and cond are not read.
 
         Returns:
             ``[B, 80, T]``, zero at padded frames.
         """
         biases = iter(self.time_table(t.expand(x.shape[0])) if time is None else time)
-        parts = [x.transpose(1, 2), mu.transpose(1, 2)]
-        if spks is not None:
-            parts.append(spks[:, None].expand(-1, x.shape[2], -1))
-        if cond is not None:
-            parts.append(cond.transpose(1, 2))
-        x = torch.cat(parts, 2)
+        known, masks, lengths = self.invariants(mask, mu, spks, cond) if fixed is None else fixed
+        x = torch.cat([x.transpose(1, 2), known], 2)
         chunk = self.static_chunk_size if streaming else 0
-        masks = [mask[:, 0, :, None]]
-        for _ in self.down_blocks[1:]:
-            masks.append(masks[-1][:, ::2])
-        lengths = [(m[..., 0] > 0).sum(-1) for m in masks]
 
         skips: list[Tensor] = []
         for stage, m, length in zip(self.down_blocks, masks, lengths, strict=True):
@@ -337,6 +352,7 @@ class CausalConditionalDecoder(ConditionalDecoder):
     """
 
     causal = True
+    ignores_padding = True
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Also: the registered ops check what they are given, for those who call them with
 """
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from fastflow import backend
+from fastflow.ops.conv_block import conv_block, conv_block_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.testing.tolerances import assert_parity
 
@@ -63,6 +65,29 @@ def test_every_capability_agrees_with_the_reference(capability: str, dtype: torc
         else:
             truth = results(interpolate_ref, x.double(), segments, channels_first)
             assert_parity(got, want, truth, sums=(2, 40))
+
+
+def conv_block_results(function, tensors, rule, **where) -> dict[str, torch.Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    out = function(*leaves[:-1], time_bias=leaves[-1], **rule, **where)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    return {"out": out.detach(), **dict(zip("xwbsnt", torch.autograd.grad(out, leaves, grad), strict=True))}
+
+
+@pytest.mark.parametrize("dtype", sorted(backend.FLOATS, key=str), ids=str)
+@pytest.mark.parametrize("rule", [{"groups": 4}, {"causal": True}], ids=["GroupNorm", "LayerNorm"])
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_conv_block_agrees_with_the_reference_under_every_capability(capability: str, rule, dtype: torch.dtype):
+    """Channels and frames that fill no vector and no tile of any."""
+    native.set_cpu_capability(capability)
+    rule = {"lengths": torch.tensor([67, 50]), **rule}
+    shapes = (2, 67, 37), (44, 37, 3), (44,), (44,), (44,), (2, 44)
+    tensors = [torch.randn(shape).div(math.sqrt(math.prod(shape[1:]))).to(dtype) for shape in shapes]
+    got = conv_block_results(conv_block, tensors, rule, backend="cpu")
+    want = conv_block_results(conv_block_ref, tensors, rule)
+    truth = conv_block_results(conv_block_ref, [tensor.double() for tensor in tensors], rule)
+    assert_parity(got, want, truth, case=f"conv_block {capability} {dtype}", sums=(3 * 37, 3 * 44, 2 * 67))
 
 
 @pytest.mark.parametrize("capability", SUPPORTED)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastflow.ops import Norm, projection, projection_ref
-from fastflow.ops.projection import DTYPES
+from fastflow.ops.norm import op
 from fastflow.testing import poison
 from fastflow.testing.tolerances import assert_parity
 
@@ -28,21 +28,6 @@ CASES = {
     "gate without bias": "residual gate",
     "everything": "scaleB shiftB bias residual gate",
 }
-
-
-@pytest.fixture
-def backend(backend):
-    """The backends that projection knows."""
-    if backend not in ("reference", *DTYPES):
-        pytest.skip(f"not run: projection has no kernel for backend {backend}")
-    return backend
-
-
-@pytest.fixture
-def kernel_backend(kernel_backend):
-    if kernel_backend not in DTYPES:
-        pytest.skip(f"not run: projection has no kernel for backend {kernel_backend}")
-    return kernel_backend
 
 
 def make(case, dtype=torch.float32, device="cpu", batch=2, frames=19, channels=24, widths=(16, 9)):
@@ -120,7 +105,7 @@ def test_odd_sizes(case, batch, frames, channels, widths, backend, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_use_cases_at_full_size(dtype, kernel_backend, device):
+def test_use_cases_at_full_size(dtype, kernel_backend, device, full_size):
     qkv = make("norm", dtype, device, frames=258, channels=256, widths=(512,) * 3)
     assert_right(*qkv, kernel_backend, f"projection {kernel_backend} qkv")
     adaptive = make("everything", dtype, device, frames=70, channels=1024, widths=(1024,))
@@ -183,12 +168,17 @@ def test_expanded_gradient(backend, device):
 
 
 @pytest.mark.parametrize("case", ["bias", "everything"])
-def test_writes_all_of_its_outputs(case, kernel_backend, device):
+def test_writes_all_of_its_outputs_and_nothing_else(case, kernel_backend, device):
     tensors = make(case, device=device)
     want = run(*tensors, backend=kernel_backend)
     with poison.nan_memory():
         got = run(*tensors, backend=kernel_backend)
     assert_same(got, want)
+    with poison.guarded_allocations() as buffers:
+        got = run(*tensors, backend=kernel_backend)
+    assert_same(got, want)
+    if kernel_backend == "triton" and case == "everything":
+        assert len(buffers) >= 10
 
 
 def test_saves_neither_the_normalised_input_nor_the_product(kernel_backend, device):
@@ -209,23 +199,26 @@ def test_gradcheck(case, backend, device):
     def function(*values):
         return call(projection, tensors | dict(zip(names, values, strict=True)), backend=backend)
 
-    assert torch.autograd.gradcheck(function, [tensors[n].requires_grad_() for n in names])
+    assert torch.autograd.gradcheck(
+        function, [tensors[n].requires_grad_() for n in names], fast_mode=backend == "triton"
+    )
 
 
 def test_repeats_are_bitwise_equal(backend, device):
-    case = make("everything", device=device, frames=130)
+    interpreted = backend == "triton" and device.type == "cpu"
+    case = make("everything", device=device, frames=34 if interpreted else 130)
     first = run(*case, backend=backend)
-    for _ in range(49):
+    for _ in range(4 if interpreted else 49):
         assert_same(run(*case, backend=backend), first)
 
 
-def test_threads_do_not_change_the_result(kernel_backend, device):
-    tensors, _ = make("everything", device=device, frames=130)
+def test_threads_do_not_change_the_result():
+    tensors, _ = make("everything", frames=130)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(call(projection, tensors, backend=kernel_backend))
+            results.append(call(projection, tensors, backend="cpu"))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(result, results[0]) for result in results)
@@ -251,14 +244,26 @@ def test_only_the_gradients_asked_for(name, backend, device):
 
 
 def test_opcheck(kernel_backend, device):
-    t, grad = make("everything", device=device)
+    t, _ = make("everything", device=device)
     arguments = (t["x"], [t["weight0"], t["weight1"]], [t["bias0"], None], t["scale"], t["shift"], 1e-5)
     rest = (t["residual"], t["gate"])
-    torch.library.opcheck(torch.ops.fastflow.projection, (*arguments, *rest))
-    torch.library.opcheck(torch.ops.fastflow.projection, (*arguments[:3], None, None, None, None, None))
-    stats = torch.ops.fastflow.projection(*arguments, *rest)[1]
-    grad = torch.randn_like(t["x"])
-    torch.library.opcheck(torch.ops.fastflow.norm_backward, (grad, t["x"], stats, t["scale"], t["shift"], grad))
+    torch.library.opcheck(op("projection", kernel_backend), (*arguments, *rest))
+    torch.library.opcheck(op("projection", kernel_backend), (*arguments[:3], None, None, None, None, None))
+    stats = op("projection", kernel_backend)(*arguments, *rest)[1]
+    backward = (torch.randn_like(t["x"]), t["x"], stats, t["scale"], t["shift"], t["x"])
+    torch.library.opcheck(op("norm_backward", kernel_backend), backward)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_opcheck_of_the_passes_of_a_gpu(gated, kernel_backend, device):
+    if kernel_backend == "cpu":
+        pytest.skip("a CPU kernel is one pass")
+    t, _ = make("everything", device=device, widths=(24,))
+    torch.library.opcheck(op("norm_forward", kernel_backend), (t["x"], t["scale"], None, 1e-5))
+    gate, bias = (t["gate"], t["bias0"]) if gated else (None, None)
+    torch.library.opcheck(op("gated_residual", kernel_backend), (t["x"], t["residual"], gate))
+    products, sums = torch.randn(2, 24, 24, device=device), torch.randn(2, 24, device=device)
+    torch.library.opcheck(op("gate_backward", kernel_backend), (products, sums, t["weight0"], bias, t["gate"]))
 
 
 @pytest.fixture

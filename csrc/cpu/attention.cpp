@@ -18,22 +18,13 @@
 #include "kernels.h"
 #include "matmul.h"
 #include "philox.h"
+#include "transpose.h"
 
 namespace fastflow::cpu::FASTFLOW_CAPABILITY {
 namespace {
 
 constexpr int64_t kQueries = 48, kKeys = 96;
-
-template <typename T>
-struct WideOf {
-  using type = float;
-};
-template <>
-struct WideOf<double> {
-  using type = double;
-};
-template <typename T>
-using Wide = typename WideOf<T>::type;
+constexpr int64_t kMaxRow = kMaxWidth + 64;  // with what a matrix has beyond the width
 
 constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 constexpr int64_t round_down(int64_t x, int64_t to) { return x / to * to; }
@@ -147,6 +138,12 @@ void read_transposed(const AttentionArgs& args, const Heads& x, int64_t b, int64
     const T* from = frame_at<T>(x, b, h, first + begin);
     Wide<T>* panel = to.data + begin * args.width;
     const int64_t used = min_of(columns, count - begin);
+    if (x.channel_stride == 1) {
+      const T* rows[columns] = {};
+      for (int64_t c = 0; c < used; ++c) rows[c] = from + c * x.frame_stride;
+      transpose_rows(rows, args.width, panel);
+      continue;
+    }
     for (int64_t d = 0; d < args.width; ++d) {
       for (int64_t c = 0; c < used; ++c)
         panel[d * columns + c] = widen(from[c * x.frame_stride + d * x.channel_stride]);
@@ -183,22 +180,22 @@ void read_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t first
   using Real = Wide<T>;
   const int64_t length = length_of(args, b);
   const Real scale = static_cast<Real>(args.scale);
-  Real bias_u[kMaxWidth], bias_v[kMaxWidth];
+  Real bias_u[kMaxRow] = {}, bias_v[kMaxRow] = {};
   if (args.relative) {
     read_frame(frame_at<T>(args.bias_u, 0, h, 0), args.bias_u.channel_stride, args.width, bias_u);
     read_frame(frame_at<T>(args.bias_v, 0, h, 0), args.bias_v.channel_stride, args.width, bias_v);
   }
   for (int64_t i = 0; i < count; ++i) {
     Real *content = to.content.row(i), *relative = to.relative.row(i);
-    for (int64_t d = 0; d < to.content.stride; ++d) content[d] = relative[d] = 0;
     const Range keys = visible_keys(args, length, first + i);
-    if (keys.begin >= keys.end) continue;
-    read_frame(frame_at<T>(args.q, b, h, first + i), args.q.channel_stride, args.width, content);
-    if (args.relative) {
-      for (int64_t d = 0; d < args.width; ++d) relative[d] = (content[d] + bias_v[d]) * scale;
-      for (int64_t d = 0; d < args.width; ++d) content[d] = (content[d] + bias_u[d]) * scale;
-    } else {
-      for (int64_t d = 0; d < args.width; ++d) content[d] *= scale;
+    const bool blind = keys.begin >= keys.end;
+    if (!blind) read_frame(frame_at<T>(args.q, b, h, first + i), args.q.channel_stride, args.width, content);
+    for (int64_t d = blind ? 0 : args.width; d < to.content.stride; ++d) content[d] = 0;
+    const Real factor = blind ? 0 : scale;
+    for (int64_t d = 0; d < to.content.stride; d += kLanes<Real>) {
+      const Vector<Real> q = load(content + d);
+      store(content + d, (q + load(bias_u + d)) * factor);
+      if (args.relative) store(relative + d, (q + load(bias_v + d)) * factor);
     }
   }
 }

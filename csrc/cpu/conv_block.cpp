@@ -7,11 +7,11 @@
 #include "../conv_block.h"
 
 #include <cmath>
-#include <type_traits>
 
 #include "dtypes.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "transpose.h"
 
 namespace fastflow::cpu::FASTFLOW_CAPABILITY {
 namespace {
@@ -152,58 +152,15 @@ void read_frames(const Sequence& x, int64_t b, int64_t first, int64_t count, int
 }
 
 // ------------------------------------------------------------------------------------------------ weights
-template <typename T>
-Vector<Wide<T>> load_wide(const T* from) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    return load(from);
-  } else {
-    Wide<T> lanes[kLanes<Wide<T>>];
-    for (int64_t l = 0; l < kLanes<Wide<T>>; ++l) lanes[l] = widen(from[l]);
-    return load(lanes);
-  }
-}
-
-// Of kLanes vectors.
-template <typename Real>
-inline void transpose(Vector<Real>* x) {
-  constexpr int64_t lanes = kLanes<Real>;
-#pragma GCC unroll 4
-  for (int64_t distance = 1; distance < lanes; distance *= 2) {
-    Integers<Real> low, high;
-    for (int64_t l = 0; l < lanes; ++l) {
-      low[l] = l & distance ? l - distance + lanes : l;
-      high[l] = l & distance ? l + lanes : l + distance;
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < lanes; ++i) {
-      if (i & distance) continue;
-      const Vector<Real> a = x[i], b = x[i + distance];
-      x[i] = __builtin_shuffle(a, b, low);
-      x[i + distance] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
-
 // Panel p of the weight for the forward pass: its columns are output channels.
 template <typename T>
 void pack_panel(const ConvBlockArgs& args, int64_t p, Wide<T>* packed) {
-  using Real = Wide<T>;
-  constexpr int64_t lanes = kLanes<Real>, columns = kColumns<Real>;
+  constexpr int64_t columns = kColumns<Wide<T>>;
   const int64_t depth = kTaps * args.channels;
-  const T* weight = static_cast<const T*>(args.weight) + p * columns * depth;
-  const int64_t used = min_of(columns, args.width - p * columns);
-  for (int64_t j = 0; j < columns; j += lanes) {
-    int64_t k = 0;
-    for (; j + lanes <= used && k + lanes <= depth; k += lanes) {
-      Vector<Real> tile[lanes];
-      for (int64_t l = 0; l < lanes; ++l) tile[l] = load_wide(weight + (j + l) * depth + k);
-      transpose<Real>(tile);
-      for (int64_t l = 0; l < lanes; ++l) store(packed + (k + l) * columns + j, tile[l]);
-    }
-    for (; k < depth; ++k)
-      for (int64_t l = j; l < j + lanes; ++l)
-        packed[k * columns + l] = l < used ? widen(weight[l * depth + k]) : Real(0);
-  }
+  const T* rows[columns] = {};
+  for (int64_t j = 0; j < min_of(columns, args.width - p * columns); ++j)
+    rows[j] = static_cast<const T*>(args.weight) + (p * columns + j) * depth;
+  transpose_rows(rows, depth, packed);
 }
 
 // Panel p of the weight for the gradient of x: its columns are input channels.

@@ -19,6 +19,7 @@ namespace {
    &capability::pack_panels,            \
    &capability::pack_elements,          \
    &capability::pack,                   \
+   &capability::is_packed,              \
    &capability::projection_workspace,   \
    &capability::projection_forward,     \
    &capability::feed_forward_workspace, \
@@ -27,7 +28,8 @@ namespace {
    &capability::activation_backward,    \
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
-   &capability::conv_block_run}
+   &capability::conv_block_run,         \
+   &capability::euler_step}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

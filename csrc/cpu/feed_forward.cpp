@@ -23,7 +23,7 @@ template <typename T>
 void find_hidden(const LinearArgs& args, int64_t first, int64_t count, int64_t begin, int64_t width,
                  const Block<Wide<T>>& input, const Block<Wide<T>>& hidden) {
   using Real = Wide<T>;
-  Real* const packed = static_cast<Real*>(const_cast<void*>(args.packed_hidden));
+  const Real* packed = static_cast<const Real*>(args.packed_hidden);
   for (int64_t c = 0; c < width; c += kColumns<Real>)
     multiply_panel(count, args.channels, input.data, input.stride,
                    packed + panel_offset<Real>(args.channels, (begin + c) / kColumns<Real>), hidden.data + c,
@@ -44,20 +44,18 @@ void feed_forward(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>&
   Reader<T> reader(args, memory);
   const Block<Real> input(memory, args.block, args.channels), hidden(memory, args.block, kPanelDepth),
       sums(memory, args.block, args.out_channels);
-  Real* const packed = static_cast<Real*>(const_cast<void*>(args.packed_out));
+  const Real* packed = static_cast<const Real*>(args.packed_out);
   for_each_block(args, next, [&](int64_t first, int64_t count) {
     reader.read(first, count, input);
     for (int64_t begin = 0; begin < args.hidden; begin += kPanelDepth) {
       const int64_t width = min_of(kPanelDepth, args.hidden - begin);
       find_hidden<T>(args, first, count, begin, width, input, hidden);
       for (int64_t p = 0; p < panels_of<Real>(args.out_channels); ++p) {
-        Real *panel = packed + panel_offset<Real>(args.hidden, p), *sum = sums.data + p * kColumns<Real>;
-        if (begin == 0)
-          multiply_panel(count, width, hidden.data, hidden.stride, panel, sum, sums.stride);
-        else
-          multiply<Left::rows>(count, 1, width, hidden.data, hidden.stride,
-                               Panels<Real>{panel + (begin + 1) * kColumns<Real>, kColumns<Real>, 0}, sum, sums.stride,
-                               true);
+        const Real *panel = packed + panel_offset<Real>(args.hidden, p), *values = panel + (begin + 1) * kColumns<Real>;
+        Real* sum = sums.data + p * kColumns<Real>;
+        if (begin == 0) fill_bias(count, panel, sum, sums.stride);
+        multiply_packed(count, width, hidden.data, hidden.stride, values, values + panel_offset<Real>(args.hidden, 1),
+                        sum, sums.stride);
       }
     }
     finish<T>(args, first, count, 0, args.out_channels, sums.data, sums.stride);

@@ -8,6 +8,7 @@
 
 #include "../attention.h"
 #include "../conv_block.h"
+#include "../euler_step.h"
 #include "../interpolate.h"
 #include "../linear.h"
 
@@ -25,6 +26,7 @@ namespace fastflow::cpu {
   int64_t pack_panels(int64_t rows, Dtype dtype);                                                               \
   int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype);                                              \
   void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel);        \
+  bool is_packed(const Weights& weights, Dtype dtype, const void* packed);                                      \
   int64_t projection_workspace(const LinearArgs& args, Dtype dtype);                                            \
   void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);    \
   int64_t feed_forward_workspace(const LinearArgs& args, Dtype dtype);                                          \
@@ -35,6 +37,7 @@ namespace fastflow::cpu {
   ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                  \
   void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,            \
                       std::atomic<int64_t>& next);                                                              \
+  void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, int64_t begin, int64_t end);              \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -57,6 +60,8 @@ struct Kernels {
   decltype(&baseline::pack_panels) pack_panels;
   decltype(&baseline::pack_elements) pack_elements;
   decltype(&baseline::pack) pack;
+  // Whether memory of that size may hold these weights packed: compares an element and a bias in every two panels.
+  decltype(&baseline::is_packed) is_packed;
   // Workspaces and tasks as for attention.
   decltype(&baseline::projection_workspace) projection_workspace;
   decltype(&baseline::projection_forward) projection_forward;
@@ -70,6 +75,8 @@ struct Kernels {
   decltype(&baseline::conv_block_plan) conv_block_plan;
   // Takes task after task of a phase, as attention does.
   decltype(&baseline::conv_block_run) conv_block_run;
+  // Frames [begin, end), one row after the other.  The dtypes: equal, or float32 and one of 16 bits.
+  decltype(&baseline::euler_step) euler_step;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.

@@ -31,7 +31,8 @@ struct Panels {
 // The memory of a left matrix: one row after the other, or one column after the other.
 enum class Left { rows, columns };
 
-// c (+)= a b for `rows` rows and kColumns columns.  Inside a larger function the sums would not stay in registers.
+// c (+)= a b for `rows` rows and kColumns columns, with depth > 0.  Inside a larger function, or with a loop that may
+// not run at all, the sums would not stay in registers.
 template <Left layout, int64_t rows, typename Real>
 [[gnu::noinline]] void multiply_tile(const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int64_t depth,
                                      Real* c, int64_t c_stride, bool accumulate) {
@@ -42,7 +43,7 @@ template <Left layout, int64_t rows, typename Real>
       sums[i][0] = load(c + i * c_stride);
       sums[i][1] = load(c + i * c_stride + kLanes<Real>);
     }
-  for (int64_t k = 0; k < depth; ++k) {
+  do {
     const Vector<Real> left = load(b), right = load(b + kLanes<Real>);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; ++i) {
@@ -52,7 +53,7 @@ template <Left layout, int64_t rows, typename Real>
     }
     a += layout == Left::rows ? 1 : a_stride;
     b += b_stride;
-  }
+  } while (--depth);
 #pragma GCC unroll 16
   for (int64_t i = 0; i < rows; ++i) {
     store(c + i * c_stride, sums[i][0]);

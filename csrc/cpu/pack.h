@@ -5,67 +5,12 @@
 #include "../linear.h"
 #include "dtypes.h"
 #include "matmul.h"
+#include "transpose.h"
 
 namespace fastflow {
 namespace {  // one copy per translation unit, see common.h
 
 constexpr int64_t kPanelDepth = 256;  // a product goes by so many channels at a time, whose panel stays in the cache
-
-// Rows become columns: Eklundh's transposition, which swaps blocks of half the size in each step.
-template <typename Real>
-inline void transpose(Vector<Real> (&x)[kLanes<Real>]) {
-  constexpr int64_t lanes = kLanes<Real>;
-  const Integers<Real> lane = lane_numbers<Real>();
-#pragma GCC unroll 8
-  for (int64_t distance = lanes / 2; distance > 0; distance /= 2) {
-    const auto d = static_cast<Integer<Real>>(distance), width = static_cast<Integer<Real>>(lanes);
-    const Integers<Real> upper = (lane & d) != 0;
-    const Integers<Real> low = upper ? lane - d + width : lane;  // lanes of the second operand count on
-    const Integers<Real> high = upper ? lane + width : lane + d;
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < lanes; ++i)
-      if (!(i & distance)) {
-        const Vector<Real> a = x[i], b = x[i + distance];
-        x[i] = __builtin_shuffle(a, b, low);
-        x[i + distance] = __builtin_shuffle(a, b, high);
-      }
-  }
-}
-
-template <typename T>
-inline Vector<Wide<T>> load_wide(const T* from) {
-  Vector<Wide<T>> x = {};
-  for (int64_t l = 0; l < kLanes<Wide<T>>; ++l) x[l] = widen(from[l]);
-  return x;
-}
-template <>
-inline Vector<float> load_wide(const float* from) {
-  return load(from);
-}
-template <>
-inline Vector<double> load_wide(const double* from) {
-  return load(from);
-}
-
-// kColumns rows of `depth` values, null where there is none -> element (k, row) at to[k * kColumns + row].
-template <typename T>
-void pack_rows(const T* const* rows, int64_t depth, Wide<T>* to) {
-  using Real = Wide<T>;
-  constexpr int64_t lanes = kLanes<Real>, columns = kColumns<Real>;
-  int64_t k = 0;
-  for (; k + columns <= depth; k += columns)  // a square, so that cache lines are read and written as a whole
-    for (int64_t row = 0; row < columns; row += lanes)
-      for (int64_t step = k; step < k + columns; step += lanes) {
-        Vector<Real> tile[lanes];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) tile[i] = rows[row + i] ? load_wide(rows[row + i] + step) : Vector<Real>{};
-        transpose<Real>(tile);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < lanes; ++i) store(to + (step + i) * columns + row, tile[i]);
-      }
-  for (; k < depth; ++k)
-    for (int64_t i = 0; i < columns; ++i) to[k * columns + i] = rows[i] ? widen(rows[i][k]) : Real{};
-}
 
 template <typename Real>
 constexpr int64_t panels_of(int64_t rows) {
@@ -93,21 +38,66 @@ void pack_panel(const Weights& weights, int64_t p, Wide<T>* packed) {
       if (bias) panel[i] = widen(bias[(i - first) * part.bias.channel_stride]);
     }
   }
-  pack_rows(rows, weights.depth, panel + kColumns<Real>);
+  transpose_rows(rows, weights.depth, panel + kColumns<Real>);
 }
 
-// c = bias + a * panel, for `rows` rows and kColumns columns.
+// Whether packed weights are these, as far as one element and one bias in every two panels tell.  Bits are compared, as
+// NaN differs from itself.
+template <typename T>
+bool holds_panels(const Weights& weights, const void* packed) {
+  using Real = Wide<T>;
+  int64_t row = 0;  // of all parts
+  for (int64_t w = 0; w < weights.count; ++w) {
+    const Weight& part = weights.parts[w];
+    for (int64_t r = 0; r < part.rows; r += 2 * kColumns<Real> - 1) {
+      const int64_t k = (r * 31) % weights.depth, p = (row + r) / kColumns<Real>, column = (row + r) % kColumns<Real>;
+      const Real* panel = static_cast<const Real*>(packed) + panel_offset<Real>(weights.depth, p) + column;
+      const T* bias = static_cast<const T*>(part.bias.data);
+      const Real expected[] = {bias ? widen(bias[r * part.bias.channel_stride]) : Real(0),
+                               widen(static_cast<const T*>(part.data)[r * part.stride + k])};
+      const Real found[] = {panel[0], panel[(k + 1) * kColumns<Real>]};
+      if (__builtin_memcmp(expected, found, sizeof found)) return false;
+    }
+    row += part.rows;
+  }
+  return true;
+}
+
+// c += a * panel for `rows` rows, `depth` values of the panel from `values` on.  Meanwhile as many from `ahead` on,
+// which the next product reads, come closer: a model's weights are larger than every cache, and fetching them would
+// take a tenth of the time.
 template <typename Real>
-void multiply_panel(int64_t rows, int64_t depth, const Real* a, int64_t a_stride, Real* panel, Real* c,
-                    int64_t c_stride) {
+void multiply_packed(int64_t rows, int64_t depth, const Real* a, int64_t a_stride, const Real* values,
+                     const Real* ahead, Real* c, int64_t c_stride) {
+  constexpr int64_t line = 64 / sizeof(Real);
+  const int64_t count = depth * kColumns<Real>, share = ceil_div(ceil_div(count, ceil_div(rows, kRows)), line) * line;
+  for (int64_t i = 0, next = 0; i < rows; i += kRows, next += share) {
+    for (int64_t n = next; n < min_of(next + share, count); n += line) __builtin_prefetch(ahead + n, 0, 2);
+    multiply_rows<Left::rows>(min_of(kRows, rows - i), a + i * a_stride, a_stride, values, kColumns<Real>, depth,
+                              c + i * c_stride, c_stride, true);
+  }
+}
+
+// c = bias of the panel, in all rows.
+template <typename Real>
+void fill_bias(int64_t rows, const Real* panel, Real* c, int64_t c_stride) {
   const Vector<Real> left = load(panel), right = load(panel + kLanes<Real>);
   for (int64_t i = 0; i < rows; ++i) {
     store(c + i * c_stride, left);
     store(c + i * c_stride + kLanes<Real>, right);
   }
-  for (int64_t k = 0; k < depth; k += kPanelDepth)
-    multiply<Left::rows>(rows, 1, min_of(kPanelDepth, depth - k), a + k, a_stride,
-                         Panels<Real>{panel + (k + 1) * kColumns<Real>, kColumns<Real>, 0}, c, c_stride, true);
+}
+
+// c = bias + a * panel, for `rows` rows and kColumns columns; the next panel in memory comes closer.
+template <typename Real>
+void multiply_panel(int64_t rows, int64_t depth, const Real* a, int64_t a_stride, const Real* panel, Real* c,
+                    int64_t c_stride) {
+  fill_bias(rows, panel, c, c_stride);
+  for (int64_t k = 0; k < depth; k += kPanelDepth) {
+    const Real* values = panel + (k + 1) * kColumns<Real>;
+    const int64_t count = min_of(kPanelDepth, depth - k);
+    multiply_packed(rows, count, a + k, a_stride, values, values + count * kColumns<Real>, c, c_stride);
+  }
 }
 
 }  // namespace

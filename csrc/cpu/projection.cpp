@@ -20,7 +20,7 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
   using Real = Wide<T>;
   Reader<T> reader(args, memory);
   const Block<Real> input(memory, args.block, args.channels), results(memory, args.block, kGroup);
-  Real* const packed = static_cast<Real*>(const_cast<void*>(args.packed_out));
+  const Real* packed = static_cast<const Real*>(args.packed_out);
   for_each_block(args, next, [&](int64_t first, int64_t count) {
     reader.read(first, count, input);
     for (int64_t group = 0; group < args.out_channels; group += kGroup) {
@@ -100,6 +100,12 @@ void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel
     using T = decltype(zero);
     for (int64_t p = first_panel; p < last_panel; ++p) pack_panel<T>(weights, p, static_cast<Wide<T>*>(packed));
   });
+}
+
+bool is_packed(const Weights& weights, Dtype dtype, const void* packed) {
+  bool same = true;
+  with_dtype(dtype, [&](auto zero) { same = holds_panels<decltype(zero)>(weights, packed); });
+  return same;
 }
 
 int64_t projection_workspace(const LinearArgs& args, Dtype dtype) {

@@ -29,7 +29,11 @@ from fastflow import backend as _backend
 from fastflow.ops.attention import length_mask
 
 TAPS = 3
-DTYPES = {"cpu": _backend.FLOATS}
+DTYPES = {
+    "cpu": _backend.FLOATS,
+    "cuda": _backend.FLOATS,
+    "triton": frozenset({torch.float32, torch.float16, torch.bfloat16}),
+}
 PADDINGS = ("upstream", "exact")
 
 Padding = Literal["upstream", "exact"]
@@ -90,18 +94,13 @@ def conv_block_ref(
 # `wanted` has a bit for each gradient: x, weight, bias, norm_weight, norm_bias, time_bias; the others have shape [0].
 _PARAMETERS = "Tensor x, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor? lengths"
 _RULE = "int groups, bool causal, bool exact, float eps"
-torch.library.define(
-    "fastflow::conv_block",
-    f"({_PARAMETERS}, Tensor? time_bias, {_RULE}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "fastflow::conv_block_backward",
+_FORWARD = f"({_PARAMETERS}, Tensor? time_bias, {_RULE}, bool save) -> (Tensor, Tensor, Tensor, Tensor)"
+_BACKWARD = (
     f"(Tensor grad, Tensor y, Tensor mean, Tensor rstd, {_PARAMETERS}, {_RULE}, int wanted) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.register_fake("fastflow::conv_block")
 def _forward_fake(x, weight, bias, scale, shift, lengths, time, groups, causal, exact, eps, save):  # type: ignore
     wide = torch.promote_types(x.dtype, torch.float32)
     shape = (*x.shape[:2], weight.shape[0])
@@ -110,27 +109,132 @@ def _forward_fake(x, weight, bias, scale, shift, lengths, time, groups, causal, 
     return x.new_empty(shape), x.new_empty(shape if save else (0,)), mean, rstd
 
 
-@torch.library.register_fake("fastflow::conv_block_backward")
-def _backward_fake(grad, y, mean, rstd, x, weight, *rest):  # type: ignore[no-untyped-def]
-    width, wanted = weight.shape[0], rest[-1]
+def gradient_shapes(x: Tensor, weight: Tensor, wanted: int) -> list[tuple[int, ...]]:
+    width = weight.shape[0]
     shapes = (x.shape, weight.shape, (width,), (width,), (width,), (x.shape[0], width))
-    return tuple(x.new_empty(shape if wanted >> n & 1 else (0,)) for n, shape in enumerate(shapes))
+    return [shape if wanted >> n & 1 else (0,) for n, shape in enumerate(shapes)]
 
 
-_forward = torch.ops.fastflow.conv_block.default
-_backward = torch.ops.fastflow.conv_block_backward.default
+def _backward_fake(grad, y, mean, rstd, x, weight, *rest):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(shape) for shape in gradient_shapes(x, weight, rest[-1]))
+
+
+for _suffix in ("", "_triton"):  # of the first pair, the C++ module has the kernels for CPU
+    torch.library.define(f"fastflow::conv_block{_suffix}", _FORWARD)
+    torch.library.define(f"fastflow::conv_block_backward{_suffix}", _BACKWARD)
+    torch.library.register_fake(f"fastflow::conv_block{_suffix}", _forward_fake)
+    torch.library.register_fake(f"fastflow::conv_block_backward{_suffix}", _backward_fake)
+
+
+def _forward_triton(*args):  # type: ignore[no-untyped-def]
+    from fastflow.kernels.conv_block import conv_block
+
+    return conv_block(*args)
+
+
+def _backward_triton(*args):  # type: ignore[no-untyped-def]
+    from fastflow.kernels.conv_block import conv_block_backward
+
+    return conv_block_backward(*args)
+
+
+for _device in ("cpu", "cuda"):
+    torch.library.impl("fastflow::conv_block_triton", _device, _forward_triton)
+    torch.library.impl("fastflow::conv_block_backward_triton", _device, _backward_triton)
+
+# On CUDA the convolution is torch's, between kernels that make its input, which is [B, T + 2, C] with frames of zeros
+# around the rows, and take its output.
+_PASS = "Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor? lengths"
+torch.library.define("fastflow::conv_block_pad", "(Tensor x, Tensor? lengths, int before, int after) -> Tensor")
+torch.library.define(
+    "fastflow::conv_block_normalise",
+    f"(Tensor y, {_PASS}, Tensor? time_bias, {_RULE}) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastflow::conv_block_normalise_backward",
+    f"(Tensor grad, Tensor y, Tensor mean, Tensor rstd, {_PASS}, int groups, bool causal, bool exact, "
+    "int before, int after, int wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of [B, T + 2, C], without a copy to [B, C, T]: as an image of one row whose channels come last."""
+    image = x.transpose(1, 2)[:, :, None]
+    return F.conv2d(image, weight[:, :, None], bias)[:, :, 0].transpose(1, 2).contiguous()
+
+
+def _taps(causal: bool) -> tuple[int, int]:
+    """Frames that a frame sees to its left and to its right."""
+    return (TAPS - 1, 0) if causal else (TAPS // 2, TAPS // 2)
+
+
+@torch.no_grad()
+def _forward_cuda(  # type: ignore[no-untyped-def]
+    x, weight, bias, norm_weight, norm_bias, lengths, time_bias, groups, causal, exact, eps, save
+):
+    y = x.new_empty((*x.shape[:2], weight.shape[0]))
+    if y.numel():
+        y = _convolve(torch.ops.fastflow.conv_block_pad(x, lengths, *_taps(causal)), weight, bias)
+    out, *saved = torch.ops.fastflow.conv_block_normalise(
+        y, bias, norm_weight, norm_bias, lengths, time_bias, groups, causal, exact, eps
+    )
+    saved = (y, *saved) if save else (s.new_empty(0) for s in (y, *saved))
+    return out, *saved
+
+
+def _grad_weight(dy: Tensor, x: Tensor, right: int) -> Tensor:
+    """Of dy and x with their zeros, ``right`` frames of them before each row of dy: products of shifted frames."""
+    dy, x = dy.flatten(0, 1), x.flatten(0, 1)
+    frames, channels = x.shape[0] - (TAPS - 1), x.shape[1]
+    dy = dy[right : right + frames].T.expand(TAPS, -1, -1)
+    x = x.as_strided((TAPS, frames, channels), (channels, channels, 1))
+    return torch.bmm(dy, x).permute(1, 2, 0).contiguous()
+
+
+@torch.no_grad()
+def _backward_cuda(  # type: ignore[no-untyped-def]
+    grad, y, mean, rstd, x, weight, bias, norm_weight, norm_bias, lengths, groups, causal, exact, eps, wanted
+):
+    if not grad.numel():
+        return tuple(x.new_zeros(shape) for shape in gradient_shapes(x, weight, wanted))
+    left, right = _taps(causal)
+    dy, *grads = torch.ops.fastflow.conv_block_normalise_backward(
+        grad, y, mean, rstd, bias, norm_weight, norm_bias, lengths, groups, causal, exact, right, left, wanted >> 2
+    )
+    grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
+    if wanted & 1:  # the convolution of dy with the weight's taps reversed
+        grad_x = _convolve(dy, weight.transpose(0, 1).flip(2))
+        grad_x = torch.ops.fastflow.conv_block_pad(grad_x, lengths, 0, 0)
+    if wanted & 2:
+        grad_weight = _grad_weight(dy, torch.ops.fastflow.conv_block_pad(x, lengths, left, right), right)
+    return grad_x, grad_weight, *grads
+
+
+torch.library.impl("fastflow::conv_block", "cuda", _forward_cuda)
+torch.library.impl("fastflow::conv_block_backward", "cuda", _backward_cuda)
+
+_FORWARD_OP = {
+    "cpu": torch.ops.fastflow.conv_block.default,
+    "cuda": torch.ops.fastflow.conv_block.default,
+    "triton": torch.ops.fastflow.conv_block_triton.default,
+}
+_BACKWARD_OP = {
+    "cpu": torch.ops.fastflow.conv_block_backward.default,
+    "cuda": torch.ops.fastflow.conv_block_backward.default,
+    "triton": torch.ops.fastflow.conv_block_backward_triton.default,
+}
 
 
 class ConvBlockFunction(torch.autograd.Function):
     """``rule`` holds the numbers of the schema, ``keep`` says whether y and its statistics are kept."""
 
     @staticmethod
-    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep):  # type: ignore[no-untyped-def]
-        return _forward(x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
+    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep, backend):  # type: ignore
+        return _FORWARD_OP[backend](x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, _, lengths, ctx.rule, ctx.keep = inputs
+        *tensors, _, lengths, ctx.rule, ctx.keep, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *tensors, lengths)
 
@@ -141,9 +245,9 @@ class ConvBlockFunction(torch.autograd.Function):
         *products, x, weight, bias, norm_weight, norm_bias, lengths = ctx.saved_tensors
         given = (x, weight, bias, norm_weight, norm_bias, lengths)
         if not ctx.keep:
-            _, *products = _forward(*given, None, *ctx.rule, True)
-        grads = _backward(grad, *products, *given, *ctx.rule, wanted)
-        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), None, None, None
+            _, *products = _FORWARD_OP[ctx.backend](*given, None, *ctx.rule, True)
+        grads = _BACKWARD_OP[ctx.backend](grad, *products, *given, *ctx.rule, wanted)
+        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), *[None] * 4
 
 
 # ------------------------------------------------------------------------------------------------ public
@@ -205,7 +309,7 @@ def conv_block(
         eps: added to the variance.
         padding: what GroupNorm counts: ``"upstream"``, all T frames, or ``"exact"``, the row's own.
         keep_product: whether the convolution's result is kept for the backward pass; False computes it again there.
-        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+        backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton`` (no float64).
 
     Returns:
         ``[B, T, C']`` of the dtype of x.  Sums and statistics are float32 (float64 for float64).
@@ -240,5 +344,5 @@ def conv_block(
     lengths = None if lengths is None else lengths.long().contiguous()
     rule = (groups, causal, padding == "exact" and lengths is not None, eps)
     if records:
-        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product)[0]
-    return _forward(*given, lengths, time_bias, *rule, False)[0]
+        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)[0]
+    return _FORWARD_OP[chosen](*given, lengths, time_bias, *rule, False)[0]

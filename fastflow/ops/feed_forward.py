@@ -8,6 +8,7 @@ recomputed; without gradients not even this is written to memory.  With ``keep_h
 product restores it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -17,10 +18,32 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
-from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
-from fastflow.ops.projection import cast, fake_stats, product, to_input, weight_gradients
+from fastflow.ops.norm import (
+    Norm,
+    check_like,
+    check_norm,
+    check_signal,
+    define,
+    define_pass,
+    gated,
+    gpu_pass,
+    norm_backward,
+    norm_ref,
+    op,
+    working,
+)
+from fastflow.ops.packed import packed_weights
+from fastflow.ops.projection import (
+    cast,
+    fake_stats,
+    linear_on_gpu,
+    normalised_on_gpu,
+    product,
+    to_input,
+    weight_gradients,
+)
 
-DTYPES = {"cpu": _backend.FLOATS}
+DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -47,39 +70,63 @@ def feed_forward_ref(
 
 
 # ------------------------------------------------------------------------------------------------ fused
-torch.library.define(
-    "fastflow::feed_forward",
-    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation, Tensor? scale, Tensor? shift, "
-    "float? eps, Tensor? gate, bool residual, bool save_hidden) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "fastflow::activation_backward", "(Tensor grad, Tensor hidden, int activation) -> (Tensor, Tensor)"
-)
-
-
-@torch.library.register_fake("fastflow::feed_forward")
-def _(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden):  # type: ignore[no-untyped-def]
+def _feed_forward_fake(  # type: ignore[no-untyped-def]
+    x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden, packed_1=None, packed_2=None
+):
     batch, frames, _ = x.shape
     hidden = x.new_empty(batch if save_hidden else 0, frames, w1.shape[0])
     return x.new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
 
 
-@torch.library.register_fake("fastflow::activation_backward")
-def _(grad, hidden, activation):  # type: ignore[no-untyped-def]
-    return torch.empty_like(hidden), torch.empty_like(hidden)
+def _activation_backward_fake(grad, hidden, activation):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
 
 
-_feed_forward = torch.ops.fastflow.feed_forward.default
+def on_gpu(  # type: ignore[no-untyped-def]
+    backend, x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden, packed_1=None, packed_2=None
+):
+    """The op as two products of cuBLAS's between passes."""
+    y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
+    hidden = linear_on_gpu(y, w1, b1, *x.shape[:2])
+    y = gpu_pass("activation_forward", backend)(hidden, activation)
+    y = linear_on_gpu(y.flatten(0, 1), w2, b2, *x.shape[:2])
+    if residual:
+        y = gpu_pass("gated_residual", backend)(y, x, gate)
+    return y, stats, hidden if save_hidden else x.new_empty(0, x.shape[1], w1.shape[0])
+
+
+define(
+    "feed_forward",
+    "(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, int activation, Tensor? scale, Tensor? shift, "
+    "float? eps, Tensor? gate, bool residual, bool save_hidden, Tensor? packed_1=None, Tensor? packed_2=None) -> "
+    "(Tensor, Tensor, Tensor)",
+    _feed_forward_fake,
+    functools.partial(on_gpu, "triton"),
+)
+torch.library.impl("fastflow::feed_forward", "cuda", functools.partial(on_gpu, "cuda"))
+define_pass(
+    "feed_forward",
+    "activation_forward",
+    "(Tensor hidden, int activation) -> Tensor",
+    lambda hidden, activation: hidden.new_empty(hidden.shape),
+)
+define_pass(
+    "feed_forward",
+    "activation_backward",
+    "(Tensor grad, Tensor hidden, int activation) -> (Tensor, Tensor)",
+    _activation_backward_fake,
+)
 
 
 class FeedForwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden):  # type: ignore
-        return _feed_forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, keep_hidden)
+    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden, backend):  # type: ignore
+        forward = op("feed_forward", backend)
+        return forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, keep_hidden)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.keep_hidden = inputs
+        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.keep_hidden, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*output[1:], *tensors)
 
@@ -88,29 +135,30 @@ class FeedForwardFunction(torch.autograd.Function):
     def backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
-        needs = ctx.needs_input_grad
+        needs, backend = ctx.needs_input_grad, ctx.backend
         if not ctx.keep_hidden:
-            hidden = product(x, [w1], [b1], scale, shift, ctx.eps)
+            hidden = product(x, [w1], [b1], scale, shift, ctx.eps, backend)
         with torch.autocast(x.device.type, enabled=False):
-            grad, factors, normalised = wide(grad_out), None if gate is None else wide(gate), wide(x)
+            grad, normalised, first_weight, second_weight = (working(t, backend) for t in (grad_out, x, w1, w2))
+            factors, second_bias = (None if t is None else working(t, backend) for t in (gate, b2))
             grad_y = grad if factors is None else grad * factors[:, None]
-            activated, grad_hidden = torch.ops.fastflow.activation_backward(
-                (grad_y @ wide(w2)).contiguous(), wide(hidden), ctx.activation
+            activated, grad_hidden = op("activation_backward", backend)(
+                (grad_y @ second_weight).contiguous(), working(hidden, backend), ctx.activation
             )
             second = first = grad_x = grad_scale = grad_shift = None
             if needs[3] or needs[4] or needs[7]:
-                second = weight_gradients(grad, activated, wide(w2), None if b2 is None else wide(b2), factors)
+                second = weight_gradients(grad, activated, backend, second_weight, second_bias, factors)
             if needs[0] or ctx.eps is not None:
-                grad_x = grad_hidden @ wide(w1)
+                grad_x = grad_hidden @ first_weight
             if ctx.eps is not None:
                 beside = grad if ctx.residual else None
                 grad_x, normalised, grad_scale, grad_shift = norm_backward(
-                    grad_x, normalised, stats, scale, shift, beside
+                    grad_x, normalised, stats, scale, shift, beside, backend
                 )
             elif grad_x is not None and ctx.residual:
                 grad_x = grad_x + grad
             if needs[1] or needs[2]:
-                first = weight_gradients(grad_hidden, normalised)
+                first = weight_gradients(grad_hidden, normalised, backend)
         return (
             to_input(grad_x, x),
             *((to_input(first.weight, w1), to_input(first.bias, b1)) if first else (None, None)),
@@ -118,7 +166,7 @@ class FeedForwardFunction(torch.autograd.Function):
             grad_scale,
             grad_shift,
             to_input(second.gate, gate) if second else None,
-            *[None] * 4,
+            *[None] * 5,
         )
 
 
@@ -183,7 +231,7 @@ def feed_forward(
         gate: ``[B, C]``, factors of the result; needs a residual.
         residual: whether x is added to the result.
         keep_hidden: whether the hidden layer is kept for the backward pass; False computes it again from x there.
-        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+        backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Returns:
         ``[B, T, N]`` of the dtype of x.  Norm, activation and sums are float32 (float64 for float64).
@@ -214,5 +262,7 @@ def feed_forward(
         return feed_forward_ref(x, w1, b1, w2, b2, **rule)
     number = _NUMBERS[activation]
     if records:
-        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden)[0]
-    return _feed_forward(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False)[0]
+        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)[0]
+    packed = (packed_weights(x, [w1], [b1]), packed_weights(x, [w2], [b2])) if chosen == "cpu" else ()
+    run = op("feed_forward", chosen)
+    return run(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False, *packed)[0]

@@ -4,7 +4,8 @@
 ``[B, C]``, one of each for every row, the adaptive form of DiT (Peebles and Xie 2023), whose scale is ``1 + s``.
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -75,31 +76,87 @@ def check_norm(x: Tensor, norm: Norm | None) -> None:
         raise ValueError(f"norm.eps must be >= 0, got {norm.eps}")
 
 
-# ------------------------------------------------------------------------------------------------ backward
+# ------------------------------------------------------------------------------------------------ passes
+# On a GPU an op is a row of products, which are cuBLAS's, and of passes over the frames between them, each written in
+# kernels/ and in csrc/cuda.  An op whose name ends with _triton takes the former.
+CHUNK = 16  # frames whose gradients of scale and shift are summed by one task, as in csrc/linear.h
+
+_OPS: dict[str, torch._ops.OpOverload] = {}
+_LAUNCHERS: dict[str, Callable] = {}
+
+
+def define(name: str, schema: str, fake: Callable, triton: Callable) -> None:
+    """Define the op ``name``, for a CPU implemented in C++, and ``name_triton``, implemented by ``triton``."""
+    for suffix in ("", "_triton"):
+        torch.library.define(f"fastflow::{name}{suffix}", schema)
+        torch.library.register_fake(f"fastflow::{name}{suffix}", fake)
+        _OPS[name + suffix] = getattr(torch.ops.fastflow, name + suffix).default
+    for device in ("cpu", "cuda"):
+        torch.library.impl(f"fastflow::{name}_triton", device, triton)
+
+
+def define_pass(file: str, name: str, schema: str, fake: Callable) -> None:
+    """Define a pass, which kernels/``file``.py launches by a function of the same name."""
+
+    def launch(*args):  # type: ignore[no-untyped-def]
+        return getattr(importlib.import_module(f"fastflow.kernels.{file}"), name)(*args)
+
+    define(name, schema, fake, launch)
+    _LAUNCHERS[name] = launch
+
+
+def op(name: str, backend: str) -> torch._ops.OpOverload:
+    return _OPS[f"{name}_triton" if backend == "triton" else name]
+
+
+def gpu_pass(name: str, backend: str) -> Callable:
+    """A pass to be called inside an op, where Triton's needs no boundary of its own."""
+    return _LAUNCHERS[name] if backend == "triton" else _OPS[name]
+
+
+def sum_type(x: Tensor) -> torch.dtype:
+    """In which sums are formed: float64 for float64, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """In the dtype in which sums are formed: float64 for float64, else float32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(sum_type(x))
 
 
-def sum_frames(x: Tensor, like: Tensor) -> Tensor:
-    """Per-row sums ``[B, C]`` -> the gradient of ``like``, which is ``[B, C]`` or ``[C]``."""
-    return (x if like.dim() == 2 else x.sum(0)).to(like.dtype)
+def working(x: Tensor, backend: str) -> Tensor:
+    """What the backward pass computes from: on a CPU in the dtype of sums, on a GPU products and passes widen it."""
+    return wide(x) if backend == "cpu" else x
 
 
-torch.library.define(
-    "fastflow::norm_backward",
+def _norm_forward_fake(x, scale, shift, eps):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty((2, *x.shape[:2]), dtype=sum_type(x))
+
+
+def _norm_backward_fake(grad, x, stats, scale, shift, grad_residual):  # type: ignore[no-untyped-def]
+    batch, frames, channels = x.shape
+    sums = stats.new_empty(batch, (frames + CHUNK - 1) // CHUNK, 2, channels)
+    return x.new_empty(x.shape), x.new_empty(x.shape), sums
+
+
+define_pass(
+    "norm",
+    "norm_forward",
+    "(Tensor x, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor)",
+    _norm_forward_fake,
+)
+define_pass(
+    "norm",
+    "norm_backward",
     "(Tensor grad, Tensor x, Tensor stats, Tensor? scale, Tensor? shift, Tensor? grad_residual) -> "
     "(Tensor, Tensor, Tensor)",
+    _norm_backward_fake,
 )
 
 
-@torch.library.register_fake("fastflow::norm_backward")
-def _(grad, x, stats, scale, shift, grad_residual):  # type: ignore[no-untyped-def]
-    batch, frames, channels = x.shape
-    return torch.empty_like(x), torch.empty_like(x), x.new_empty(batch, (frames + 63) // 64, 2, channels)
-
-
-_norm_backward = torch.ops.fastflow.norm_backward.default
+# ------------------------------------------------------------------------------------------------ backward
+def sum_frames(x: Tensor, like: Tensor) -> Tensor:
+    """Per-row sums ``[B, C]`` -> the gradient of ``like``, which is ``[B, C]`` or ``[C]``."""
+    return (x if like.dim() == 2 else x.sum(0)).to(like.dtype)
 
 
 class NormBackward(NamedTuple):
@@ -117,20 +174,23 @@ def norm_backward(
     stats: Tensor,
     scale: Tensor | None,
     shift: Tensor | None,
-    grad_residual: Tensor | None = None,
+    grad_residual: Tensor | None,
+    backend: str,
 ) -> NormBackward:
     """One pass over the frames: the norm again, from its saved mean and deviation, and its gradients.
 
     Args:
-        grad: of the normalised x, ``[B, T, C]``, float32 or float64, like ``x`` and ``grad_residual``.
+        grad: of the normalised x, ``[B, T, C]``, like ``x`` and ``grad_residual``; on a CPU float32 or float64.
         x: the input of the norm.
         stats: ``[2, B, T]``, mean and 1 / deviation.
         scale, shift: of the norm, in their own dtype.
-        grad_residual: what reaches x beside the norm.
+        grad_residual: what reaches x beside the norm, or None.
+        backend: of the forward pass.
     """
-    factors = [None if p is None else wide(p) for p in (scale, shift)]
+    factors = [None if p is None else working(p, backend) for p in (scale, shift)]
     beside = None if grad_residual is None else grad_residual.contiguous()
-    grad_x, normalised, sums = _norm_backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
+    backward = op("norm_backward", backend)
+    grad_x, normalised, sums = backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
     sums = sums.sum(1)
     grad_scale, grad_shift = (None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift)))
     return NormBackward(grad_x, normalised, grad_scale, grad_shift)

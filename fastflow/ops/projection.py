@@ -8,6 +8,7 @@ Saved for the backward pass: x, mean and deviation of each frame, the weights; n
 ``(weight * G_b).sum(1) + bias * sum_t grad_b``.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,9 +18,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
-from fastflow.ops.norm import Norm, check_like, check_norm, check_signal, gated, norm_backward, norm_ref, wide
+from fastflow.ops.norm import (
+    Norm,
+    check_like,
+    check_norm,
+    check_signal,
+    define,
+    define_pass,
+    gated,
+    gpu_pass,
+    norm_backward,
+    norm_ref,
+    op,
+    sum_type,
+    working,
+)
+from fastflow.ops.packed import packed_weights
 
-DTYPES = {"cpu": _backend.FLOATS}
+DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
 
 def projection_ref(
@@ -38,23 +54,65 @@ def projection_ref(
 
 
 # ------------------------------------------------------------------------------------------------ fused
-torch.library.define(
-    "fastflow::projection",
-    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? scale, Tensor? shift, float? eps, Tensor? residual, "
-    "Tensor? gate) -> (Tensor, Tensor)",
-)
-
-
 def fake_stats(x: Tensor, eps: float | None) -> Tensor:
-    return x.new_empty((0 if eps is None else 2, *x.shape[:2]), dtype=wide(x.new_empty(0)).dtype)
+    return x.new_empty((0 if eps is None else 2, *x.shape[:2]), dtype=sum_type(x))
 
 
-@torch.library.register_fake("fastflow::projection")
-def _(x, weights, biases, scale, shift, eps, residual, gate):  # type: ignore[no-untyped-def]
+def _projection_fake(  # type: ignore[no-untyped-def]
+    x, weights, biases, scale, shift, eps, residual, gate, packed=None
+):
     return x.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
 
 
-_projection = torch.ops.fastflow.projection.default
+def _gate_backward_fake(products, sums, weight, bias, gate):  # type: ignore[no-untyped-def]
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), gate.new_empty(gate.shape)
+
+
+def normalised_on_gpu(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What goes into a product ``[B * T, C]``, and the statistics to be saved."""
+    if eps is None:
+        return x.flatten(0, 1), fake_stats(x, eps)
+    y, stats = gpu_pass("norm_forward", backend)(x, scale, shift, eps)
+    return y.flatten(0, 1), stats
+
+
+def linear_on_gpu(x: Tensor, weight: Tensor, bias: Tensor | None, batch: int, frames: int) -> Tensor:
+    """``[B * T, C]`` -> ``[B, T, N]``, not as a view: an autograd function's result must be safe to change in place."""
+    y = torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
+    return torch.ops.aten._unsafe_view(y, [batch, frames, weight.shape[0]])
+
+
+def on_gpu(  # type: ignore[no-untyped-def]
+    backend: str, x, weights, biases, scale, shift, eps, residual, gate, packed=None
+):
+    """The op as a product of cuBLAS's between a pass before it and one after it."""
+    y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
+    y = linear_on_gpu(y, _joined(weights), _joined_biases(biases, weights), *x.shape[:2])
+    return (y if residual is None else gpu_pass("gated_residual", backend)(y, residual, gate)), stats
+
+
+define(
+    "projection",
+    "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor? scale, Tensor? shift, float? eps, Tensor? residual, "
+    "Tensor? gate, Tensor? packed=None) -> (Tensor, Tensor)",
+    _projection_fake,
+    functools.partial(on_gpu, "triton"),
+)
+torch.library.impl("fastflow::projection", "cuda", functools.partial(on_gpu, "cuda"))
+define_pass(
+    "projection",
+    "gated_residual",
+    "(Tensor y, Tensor residual, Tensor? gate) -> Tensor",
+    lambda y, residual, gate: residual.new_empty(y.shape),
+)
+define_pass(
+    "projection",
+    "gate_backward",
+    "(Tensor products, Tensor sums, Tensor weight, Tensor? bias, Tensor gate) -> (Tensor, Tensor, Tensor)",
+    _gate_backward_fake,
+)
 
 
 def product(
@@ -64,9 +122,10 @@ def product(
     scale: Tensor | None,
     shift: Tensor | None,
     eps: float | None,
+    backend: str,
 ) -> Tensor:
     """The fused op alone, for the backward pass of another."""
-    return _projection(x, weights, biases, scale, shift, eps, None, None)[0]
+    return op("projection", backend)(x, weights, biases, scale, shift, eps, None, None)[0]
 
 
 class WeightGradients(NamedTuple):
@@ -76,14 +135,22 @@ class WeightGradients(NamedTuple):
 
 
 def weight_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, gate: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    backend: str,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> WeightGradients:
     """Of ``gate[:, None] * (x @ weight.T + bias)``, without a gate where it is None, which needs no weight either."""
     if gate is None:
         grad = grad.flatten(0, 1)
         return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0), None)
     assert weight is not None
-    products, sums = grad.transpose(1, 2) @ x, grad.sum(1)
+    products, sums = grad.transpose(1, 2) @ x, grad.sum(1, dtype=sum_type(grad))
+    if backend != "cpu":
+        dense = [None if t is None else t.contiguous() for t in (products, sums, weight, bias)]
+        return WeightGradients(*op("gate_backward", backend)(*dense, gate))
     grad_gate = (products * weight).sum(2)
     if bias is not None:
         grad_gate += sums * bias
@@ -99,12 +166,13 @@ class ProjectionFunction(torch.autograd.Function):
     """``tensors``: ``count`` weights, then their biases."""
 
     @staticmethod
-    def forward(x, scale, shift, eps, residual, gate, count, *tensors):  # type: ignore[no-untyped-def]
-        return _projection(x, tensors[:count], tensors[count:], scale, shift, eps, residual, gate)
+    def forward(x, scale, shift, eps, residual, gate, backend, count, *tensors):  # type: ignore[no-untyped-def]
+        weights, biases = tensors[:count], tensors[count:]
+        return op("projection", backend)(x, weights, biases, scale, shift, eps, residual, gate)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, scale, shift, ctx.eps, _, gate, ctx.count, *tensors = inputs
+        x, scale, shift, ctx.eps, _, gate, ctx.backend, ctx.count, *tensors = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(x, output[1], scale, shift, gate, *tensors)
 
@@ -113,27 +181,31 @@ class ProjectionFunction(torch.autograd.Function):
     def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
         x, stats, scale, shift, gate, *tensors = ctx.saved_tensors
         weights, biases = tensors[: ctx.count], tensors[ctx.count :]
-        needs = ctx.needs_input_grad
-        needs_weights = any(needs[5:])
+        needs, backend = ctx.needs_input_grad, ctx.backend
+        needs_weights = needs[5] or any(needs[8:])
         with torch.autocast(x.device.type, enabled=False):
-            grad, factors, weight = wide(grad_out), None if gate is None else wide(gate), wide(_joined(weights))
-            normalised, grad_x, grad_scale, grad_shift = wide(x), None, None, None
+            grad, weight = working(grad_out, backend), working(_joined(weights), backend)
+            factors = None if gate is None else working(gate, backend)
+            normalised, grad_x, grad_scale, grad_shift = working(x, backend), None, None, None
             if needs[0] or ctx.eps is not None:
                 grad_y = grad if factors is None else grad * factors[:, None]
                 grad_x = grad_y @ weight
             if ctx.eps is not None:
-                grad_x, normalised, grad_scale, grad_shift = norm_backward(grad_x, normalised, stats, scale, shift)
+                grad_x, normalised, grad_scale, grad_shift = norm_backward(
+                    grad_x, normalised, stats, scale, shift, None, backend
+                )
             grads = [None] * len(tensors)
             grad_gate = None
             if needs_weights:
                 sizes = [w.shape[0] for w in weights]
                 bias = None if gate is None else _joined_biases(biases, weights)
-                found = weight_gradients(grad, normalised, weight, bias, factors)
+                bias = None if bias is None else working(bias, backend)
+                found = weight_gradients(grad, normalised, backend, weight, bias, factors)
                 grads = [*found.weight.split(sizes), *found.bias.split(sizes)]
                 grads = [to_input(g, t) for g, t in zip(grads, tensors, strict=True)]
                 grad_gate = to_input(found.gate, gate)
         grad_residual = grad_out if needs[4] else None
-        return to_input(grad_x, x), grad_scale, grad_shift, None, grad_residual, grad_gate, None, *grads
+        return to_input(grad_x, x), grad_scale, grad_shift, None, grad_residual, grad_gate, None, None, *grads
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:
@@ -143,8 +215,7 @@ def _joined(weights: Sequence[Tensor]) -> Tensor:
 def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
-    parts = [w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)]
-    return wide(_joined(parts))
+    return _joined([w.new_zeros(w.shape[0]) if b is None else b for b, w in zip(biases, weights, strict=True)])
 
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -200,7 +271,7 @@ def projection(
         norm: applied to x first.
         residual: ``[B, T, N]`` with N the sum of the N_i, added to the result.
         gate: ``[B, N]``, factors of the result; needs a residual.
-        backend: ``auto`` (None takes the one in force), ``reference`` or ``cpu``.
+        backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Returns:
         ``[B, T, N]`` of the dtype of x.  Norm and sums are float32 (float64 for float64).
@@ -223,5 +294,6 @@ def projection(
     given = (x, scale, shift, residual, gate, *weights, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         function = ProjectionFunction.apply
-        return function(x, scale, shift, eps, residual, gate, len(weights), *weights, *biases)[0]
-    return _projection(x, weights, biases, scale, shift, eps, residual, gate)[0]
+        return function(x, scale, shift, eps, residual, gate, chosen, len(weights), *weights, *biases)[0]
+    packed = packed_weights(x, weights, biases) if chosen == "cpu" else None
+    return op("projection", chosen)(x, weights, biases, scale, shift, eps, residual, gate, packed)[0]

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastflow.backend import FLOATS
+from fastflow.ops.norm import sum_type
 
 KIB = 1024
 SHARED_MEMORY = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}  # most that a block can have, by architecture
@@ -43,10 +44,25 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
+    "euler_step_kernel": Ceiling(registers=40, shared=0),
     "attention_forward_kernel": Ceiling(registers=240, shared=96 * KIB),
     "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
     "attention_backward_kv_kernel": Ceiling(registers=255, shared=96 * KIB),
     "attention_backward_position_kernel": Ceiling(registers=255, shared=32 * KIB),
+    "norm_forward_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "norm_backward_kernel": Ceiling(registers=168, shared=8 * KIB),
+    "gated_residual_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "gate_backward_kernel": Ceiling(registers=64, shared=1 * KIB),
+    "activation_forward_kernel": Ceiling(registers=64, shared=0),
+    "activation_backward_kernel": Ceiling(registers=64, shared=0),
+    "conv_block_convolve_kernel": Ceiling(registers=136, shared=64 * KIB),
+    "conv_block_weight_kernel": Ceiling(registers=208, shared=64 * KIB),
+    "conv_block_normalise_groups_kernel": Ceiling(registers=80, shared=4 * KIB),
+    "conv_block_differentiate_groups_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "conv_block_centre_groups_kernel": Ceiling(registers=96, shared=4 * KIB),
+    "conv_block_normalise_frames_kernel": Ceiling(registers=72, shared=4 * KIB),
+    "conv_block_differentiate_frames_kernel": Ceiling(registers=120, shared=8 * KIB),
+    "conv_block_sums_kernel": Ceiling(registers=48, shared=4 * KIB),
 }
 
 
@@ -115,9 +131,102 @@ def launch_attention() -> Iterator[str]:
         yield case
 
 
+def launch_norm() -> Iterator[str]:
+    """Launch the kernels of norm: 256 and 1024 channels in the U-Net and DiT, 512 in the encoder."""
+    from fastflow.kernels.norm import norm_backward, norm_forward
+
+    cases = (
+        (torch.bfloat16, 256, False),
+        (torch.bfloat16, 512, False),
+        (torch.bfloat16, 1024, True),
+        (torch.float32, 256, False),
+        (torch.float32, 1024, True),
+        (torch.float16, 1024, True),
+        (torch.float64, 256, False),
+    )
+    for dtype, channels, adaptive in cases:
+        x = _empty(8, 500, channels, dtype=dtype)
+        vector = None if adaptive and dtype == torch.float16 else _empty(*(8,) * adaptive, channels, dtype=dtype)
+        stats = _empty(2, 8, 500, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        norm_forward(x, vector, vector, 1e-6 if adaptive else 1e-5)
+        norm_backward(x, x, stats, vector, vector, None if channels == 512 else x)
+        yield f"{dtype} {channels}{' adaptive' if adaptive else ''}"
+    norm_forward(_empty(3, 15, 17, 2)[..., 0], _empty(17), None, 1e-5)
+    yield "odd sizes and strides"
+
+
+def launch_projection() -> Iterator[str]:
+    """Launch the kernels of projection: the residual of the U-Net, and with a gate that of DiT."""
+    from fastflow.kernels.projection import gate_backward, gated_residual
+
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
+        x, gate = _empty(8, 500, 1024, dtype=dtype), _empty(8, 1024, dtype=dtype)
+        gated_residual(x, x, gate)
+        weight, sums = gate[0].expand(1024, 1024), _empty(8, 1024, dtype=sum_type(x))
+        gate_backward(_empty(8, 1024, 1024, dtype=dtype), sums, weight, gate[0], gate)
+        yield f"{dtype}"
+    gated_residual(x.float(), x.float(), None)
+    gate_backward(_empty(8, 1024, 2048), _empty(8, 1024), _empty(1024, 2048), None, _empty(8, 1024))
+    yield "without gate or bias"
+
+
+def launch_feed_forward() -> Iterator[str]:
+    """Launch the kernels of feed_forward."""
+    from fastflow.kernels.feed_forward import activation_backward, activation_forward
+
+    for dtype, activation in [
+        *itertools.product((torch.bfloat16, torch.float32), (1, 2, 3)),
+        (torch.float16, 1),
+        (torch.float64, 1),
+    ]:
+        x = _empty(8, 500, 1024, dtype=dtype)
+        activation_forward(x, activation)
+        activation_backward(x, x, activation)
+        yield f"{dtype} {activation}"
+
+
+def launch_conv_block() -> Iterator[str]:
+    """Launch the kernels of conv_block: 320 -> 256 channels, with 8 groups in CosyVoice 1 and LayerNorm in 2.
+
+    float16, whose code is that of bfloat16 with another type of product, is launched once, for one architecture.
+    """
+    from fastflow.kernels import conv_block as kernels
+
+    batch, frames, channels, width = 4, 500, 320, 256
+    lengths = _empty(batch, dtype=torch.int64)
+    for dtype, groups in ((torch.float16, 8), *itertools.product((torch.bfloat16, torch.float32), (8, 0))):
+        x, y = (_empty(batch, frames, size, dtype=dtype) for size in (channels, width))
+        vector, time = _empty(width, dtype=dtype), _empty(batch, width, dtype=dtype)
+        parameters = _empty(width, channels, 3, dtype=dtype), vector, vector, vector, lengths
+        rule = groups, not groups, False, 1e-5
+        statistics = _empty(batch, groups or frames)
+        kernels.conv_block(x, *parameters, time, *rule, True)
+        kernels.conv_block_backward(y, y, statistics, statistics, x, *parameters, *rule, 0b111111)
+        only = ONLY_90 if dtype == torch.float16 else ""
+        yield f"{only}{dtype} {f'{groups} groups' if groups else 'LayerNorm'}"
+
+
+def launch_euler_step() -> Iterator[str]:
+    """Launch the kernel of euler_step for every pair of dtypes."""
+    from fastflow.kernels.euler_step import euler_step
+
+    mixed = [(torch.float32, torch.float16), (torch.float32, torch.bfloat16)]
+    for dtype, low in [*((dtype, dtype) for dtype in sorted(FLOATS, key=str)), *mixed]:
+        x, velocity = _empty(1, 300, 80, dtype=dtype), _empty(2, 300, 80, dtype=low)
+        euler_step(x, velocity, _empty(dtype=dtype), 0.7)
+        yield f"{dtype} {low}"
+    euler_step(_empty(1, 80, 301).transpose(1, 2), _empty(2, 80, 301).transpose(1, 2), _empty(), 0.7)
+    yield "channels first, odd size"
+
+
 LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "interpolate": launch_interpolate,
     "attention": launch_attention,
+    "norm": launch_norm,
+    "projection": launch_projection,
+    "feed_forward": launch_feed_forward,
+    "conv_block": launch_conv_block,
+    "euler_step": launch_euler_step,
 }
 
 

@@ -1,0 +1,36 @@
+"""Weights kept in the order in which the CPU's products read them, so that inference does not pack them in every call.
+
+A packed weight lives as long as the parameter that it is made of, and takes as much memory again (twice as much for
+float16 and bfloat16, as the products are float32).  One that no longer belongs to the parameters is made anew: their
+versions say so, which the optimizer and ``load_state_dict`` raise; and what only ``.data`` changed, and so left its
+version alone, the kernel finds by comparing a sample.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+torch.library.define("fastflow::pack_weights", "(Tensor[] weights, Tensor?[] biases) -> Tensor")
+
+
+_cache = WeakTensorKeyDictionary()  # the first weight -> what all were when packed, and packed
+
+
+def packed_weights(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """The weights ``[N_i, C]`` with their biases in one packed tensor.
+
+    None where a product with x is traced, or the weights are not parameters, which another call will hardly bring again.
+    """
+    real = type(x) is Tensor and all(type(weight) is nn.Parameter for weight in weights)
+    if torch.compiler.is_compiling() or not real:
+        return None
+    given = [t for t in (*weights, *biases) if t is not None]
+    state = [(id(t), t.data_ptr(), t._version) for t in given]
+    known, packed = _cache.get(weights[0], (None, None))
+    if known != state:
+        packed = torch.ops.fastflow.pack_weights(weights, biases)
+        _cache[weights[0]] = state, packed
+    return packed
