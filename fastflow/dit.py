@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, project_residual
+from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.recompute import Block, Recomputing
@@ -68,7 +68,8 @@ class InputEmbedding(nn.Module):
     def invariant(self, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
         """The projection of all channels but those of x, ``[B, T, dim]``."""
         rest = torch.cat(_rest(cond, mu, spks), -1)
-        return F.linear(rest, self.proj.weight[:, -rest.shape[-1] :], self.proj.bias)
+        proj = plain(self.proj)
+        return F.linear(rest, proj.weight[:, -rest.shape[-1] :], proj.bias)
 
     def complete(self, x: Tensor, invariant: Tensor) -> Tensor:
         """What :meth:`forward` gives, from x and the projection of the rest."""
@@ -135,7 +136,7 @@ class Attention(Recomputing):
             scale,
             shift,
             *rotary,
-            *(part.weight for part in parts),
+            *(plain(part).weight for part in parts),
             *(part.bias for part in parts),
             keep_heads=self.keeps_products,
             lengths=lengths,
@@ -316,4 +317,5 @@ class DiT(Recomputing):
             x = self.long_skip_connection(torch.cat([x, skip], -1))
         scale, shift = last.chunk(2, -1)
         norm = modulated(shift, scale)
-        return projection(x, [self.proj_out.weight], [self.proj_out.bias], norm=norm).transpose(1, 2)
+        proj = plain(self.proj_out)
+        return projection(x, [proj.weight], [proj.bias], norm=norm).transpose(1, 2)

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import attend, feed_forward_residual, project_residual
+from fastflow.layers import attend, feed_forward_residual, plain, project_residual
 from fastflow.ops.attention import length_mask, upstream_lengths
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -55,10 +55,10 @@ class RelPositionMultiHeadedAttention(Recomputing):
             scale,
             shift,
             pos_emb,
-            self.linear_pos.weight,
+            plain(self.linear_pos).weight,
             self.pos_bias_u,
             self.pos_bias_v,
-            *(part.weight for part in parts),
+            *(plain(part).weight for part in parts),
             *(part.bias for part in parts),
             keep_heads=self.keeps_products,
             lengths=lengths,

@@ -13,6 +13,21 @@ from fastflow.ops.projection import projection
 from fastflow.recompute import records, replayed
 
 
+def plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> Any:
+    """The layer, whose parameters a fused op reads instead of calling it.  Its forward hooks are not called.
+
+    Raises:
+        TypeError: its class computes something else than ``kind`` with them, as a LoRA or quantised layer does.
+    """
+    if type(layer).forward is not kind.forward:
+        raise TypeError(
+            f"a {type(layer).__module__}.{type(layer).__qualname__} stands for a {kind.__name__} that fastflow does not "
+            "call, but reads the parameters of: merge LoRA weights into the layer, or use torch.nn.utils.parametrize, "
+            "which changes the parameters themselves"
+        )
+    return layer
+
+
 def active(dropout: nn.Module | None) -> bool:
     """Whether a dropout drops anything."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
@@ -23,6 +38,7 @@ def project_residual(
 ) -> Tensor:
     """``x + gate * dropout(linear(y))``, with a gate ``[B, C]`` or without."""
     if dropout is None or not active(dropout):
+        plain(linear)
         return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
     y = dropout(linear(y))
     return x + (y if gate is None else gate[:, None] * y)
@@ -56,6 +72,7 @@ def feed_forward_residual(
 ) -> Tensor:
     """``x + gate * last(outer(first(activation(inner(norm(x))))))``, with ``dropouts`` first and last."""
     first, last = dropouts
+    plain(inner), plain(outer)
     if not active(first) and not active(last):
         parameters = inner.weight, inner.bias, outer.weight, outer.bias
         return feed_forward(x, *parameters, activation=activation, norm=norm, gate=gate, keep_hidden=keep_hidden)

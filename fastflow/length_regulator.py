@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from fastflow.layers import plain
 from fastflow.ops.attention import length_mask
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.interpolate import interpolate
@@ -89,7 +90,7 @@ class InterpolateRegulator(Recomputing):
         layers: Any = self.model
         *blocks, last = layers
         for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
-            parameters = conv.weight, conv.bias, norm.weight, norm.bias
+            parameters = plain(conv, nn.Conv1d).weight, conv.bias, norm.weight, norm.bias
             keep = self.recompute == "none"
             x = conv_block(x, *parameters, groups=norm.num_groups, eps=norm.eps, keep_product=keep)
-        return projection(x, [last.weight[:, :, 0]], [last.bias])
+        return projection(x, [plain(last, nn.Conv1d).weight[:, :, 0]], [last.bias])

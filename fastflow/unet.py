@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, project_residual
+from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -68,7 +68,7 @@ class Block1D(Recomputing):
             self.block = nn.Sequential(nn.Conv1d(dim, dim_out, 3, padding=1), nn.GroupNorm(8, dim_out), nn.Mish())
 
     def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor | None = None) -> Tensor:
-        conv: Any = self.block[0]
+        conv = plain(self.block[0], CausalConv1d if self.causal else nn.Conv1d)
         norm: Any = self.block[2 if self.causal else 1]
         return conv_block(
             x,
@@ -98,7 +98,8 @@ class ResnetBlock1D(Block):
     def _compute(self, x: Tensor, lengths: Tensor, time_bias: Tensor) -> Tensor:  # type: ignore[override]
         """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives."""
         h = self.block2(self.block1(x, lengths, time_bias), lengths)
-        return projection(x, [self.res_conv.weight[:, :, 0]], [self.res_conv.bias], residual=h)
+        last = plain(self.res_conv, nn.Conv1d)
+        return projection(x, [last.weight[:, :, 0]], [last.bias], residual=h)
 
 
 class Attention(Recomputing):
@@ -119,7 +120,7 @@ class Attention(Recomputing):
             x,
             norm.scale,
             norm.shift,
-            *(project.weight for project in (self.to_q, self.to_k, self.to_v)),
+            *(plain(part).weight for part in (self.to_q, self.to_k, self.to_v)),
             keep_heads=self.keeps_products,
             lengths=lengths,
             chunk_size=chunk_size,
@@ -338,7 +339,8 @@ class ConditionalDecoder(Recomputing):
             x = stage(torch.cat([x[:, : skip.shape[1]], skip], 2), length, next(biases), chunk)
             x = conv(stage[2], x * m)
         x = self.final_block(x, lengths[0])
-        x = projection(x, [self.final_proj.weight[:, :, 0]], [self.final_proj.bias])
+        last = plain(self.final_proj, nn.Conv1d)
+        x = projection(x, [last.weight[:, :, 0]], [last.bias])
         return (x * masks[0]).transpose(1, 2)
 
 

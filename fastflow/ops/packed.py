@@ -22,7 +22,7 @@ _cache = WeakTensorKeyDictionary()  # the first weight -> what all were when pac
 def packed_weights(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
     """The weights ``[N_i, C]`` with their biases in one packed tensor.
 
-    None where a product with x is traced, or the weights are not parameters, which another call will hardly bring again.
+    None where a product with x is traced, or the weights are not parameters, which no other call may bring again.
     """
     real = type(x) is Tensor and all(type(weight) is nn.Parameter for weight in weights)
     if torch.compiler.is_compiling() or not real:
