@@ -22,8 +22,8 @@ def plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> Any:
     if type(layer).forward is not kind.forward:
         raise TypeError(
             f"a {type(layer).__module__}.{type(layer).__qualname__} stands for a {kind.__name__} that fastflow does "
-            "not call, but reads the parameters of: merge LoRA weights into the layer, or use torch.nn.utils.parametrize, "
-            "which changes the parameters themselves"
+            "not call, but reads the parameters of: merge LoRA weights into the layer, or use "
+            "torch.nn.utils.parametrize, which changes the parameters themselves"
         )
     return layer
 
