@@ -31,6 +31,7 @@ FORMS = {
     "no time, causal": {"causal": True, "time": False, "lengths": None},
 }
 every_form = pytest.mark.parametrize("form", FORMS)
+both_norms = pytest.mark.parametrize("form", ["CosyVoice 1", "CosyVoice 2"])
 main_forms = pytest.mark.parametrize("form", ["CosyVoice 1", "CosyVoice 1, exact", "CosyVoice 2"])
 
 
@@ -261,7 +262,7 @@ def test_nothing_to_do(batch, frames, form, backend, device):
 
 
 # ------------------------------------------------------------------------------------------------ memory
-@main_forms
+@both_norms
 def test_any_strides(form, backend, device):
     """Also: nothing around the tensors is read, which is NaN."""
     tensors, grad, rule = make(form, device=device)
@@ -319,7 +320,7 @@ def test_writes_all_of_its_outputs_and_nothing_else(form, kernel_backend, device
     assert torch.equal(out, want["out"])
 
 
-@pytest.mark.parametrize("form", ["CosyVoice 1", "CosyVoice 2"])
+@both_norms
 def test_saves_the_convolution_and_its_statistics_only(form, kernel_backend, device):
     tensors, _, rule = make(form, device=device)
     leaves = {n: x.requires_grad_() for n, x in tensors.items()}
@@ -347,7 +348,7 @@ def test_gradcheck(form, backend, device):
     assert torch.autograd.gradcheck(function, [x.requires_grad_() for x in tensors.values()])
 
 
-@main_forms
+@both_norms
 def test_repeats_are_bitwise_equal(form, backend, device, request):
     case = make(form, device=device, frames=130, width=40, lengths=(130, 101, 50))
     first = run(*case, backend=backend)
@@ -380,7 +381,7 @@ def test_second_derivative_is_refused(kernel_backend, device):
         grad.sum().backward()
 
 
-@main_forms
+@both_norms
 def test_only_the_gradients_asked_for(form, backend, device):
     tensors, grad, rule = make(form, device=device)
     want = run(tensors, grad, rule, backend=backend)
@@ -393,7 +394,7 @@ def test_only_the_gradients_asked_for(form, backend, device):
         assert not call(conv_block, chosen, rule, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("form", ["CosyVoice 1", "CosyVoice 2"])
+@both_norms
 def test_opcheck(form, kernel_backend, device):
     tensors, grad, rule = make(form, device=device, frames=5)
     numbers = (rule.get("groups", 0), rule.get("causal", False), False, 1e-5)
@@ -463,7 +464,7 @@ def test_activation_checkpointing(backend, device):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@main_forms
+@both_norms
 def test_autocast_casts_as_a_convolution_does(form, dtype, backend, device):
     """What comes in float32 and what autocast's linear layers hand over; the gradients have the parameters' dtype."""
     tensors, grad, rule = make(form, device=device)
