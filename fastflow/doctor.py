@@ -23,6 +23,8 @@ from fastflow.ops import (
     attention_ref,
     conv_block,
     conv_block_ref,
+    euler_step,
+    euler_step_ref,
     feed_forward,
     feed_forward_ref,
     interpolate,
@@ -32,6 +34,7 @@ from fastflow.ops import (
 )
 from fastflow.ops.attention import DTYPES as ATTENTION_DTYPES
 from fastflow.ops.conv_block import DTYPES as CONV_BLOCK_DTYPES
+from fastflow.ops.euler_step import DTYPES as EULER_STEP_DTYPES
 from fastflow.ops.feed_forward import DTYPES as FEED_FORWARD_DTYPES
 from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
 from fastflow.ops.projection import DTYPES as PROJECTION_DTYPES
@@ -175,6 +178,16 @@ def _test_conv_block(backend: str, device: str) -> None:
         _check(run, reference, tensors, "conv_block", sums=(72, 32, 38, 152))
 
 
+def _test_euler_step(backend: str, device: str) -> None:
+    """Forward only, as there is no backward pass."""
+    given = _randn(device, x=(1, 19, 24), velocity=(2, 19, 24), dt=())
+    for dtype in TESTED_DTYPES:
+        rounded = [t.to(dtype) for t in given.values()]
+        got, eager = ({"x": x} for x, _ in (euler_step(*rounded, 0.7, backend=backend), euler_step_ref(*rounded, 0.7)))
+        truth = {"x": euler_step_ref(*(t.double() for t in rounded), 0.7)[0]}
+        assert_parity(got, eager, truth, case=f"euler_step {str(dtype).removeprefix('torch.')}", sums=(2,))
+
+
 class Op(NamedTuple):
     """The dtypes of an op's kernels by backend, and its self-test on a backend and a device."""
 
@@ -188,6 +201,7 @@ OPS = {
     "projection": Op(PROJECTION_DTYPES, _test_projection),
     "feed_forward": Op(FEED_FORWARD_DTYPES, _test_feed_forward),
     "conv_block": Op(CONV_BLOCK_DTYPES, _test_conv_block),
+    "euler_step": Op(EULER_STEP_DTYPES, _test_euler_step),
 }
 
 
