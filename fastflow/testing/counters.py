@@ -108,6 +108,7 @@ _FLOPS = {
     torch.ops.fastflow.feed_forward: _feed_forward_flops,
     torch.ops.fastflow.feed_forward_triton: _feed_forward_flops,
     torch.ops.fastflow.conv_block: _conv_block_flops,
+    torch.ops.fastflow.conv_block_triton: _conv_block_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
