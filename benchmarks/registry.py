@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastflow import config
 from fastflow.ops.attention import RelativePosition, attention, attention_ref
+from fastflow.ops.conv_block import conv_block, conv_block_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.testing.cases import INTERPOLATE, InterpolateCase
 
@@ -69,6 +70,25 @@ def _relative(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return function(rel_pos=RelativePosition(position, bias_u, bias_v), **arguments)
 
     return call
+
+
+def _conv_block(causal: bool, device: torch.device) -> OpJob:
+    """A block of the U-Nets: 4 x 500 frames of 256 channels."""
+    batch, frames, channels = 4, 500, 256
+    shapes: dict[str, tuple[int, ...]] = {
+        "x": (batch, frames, channels),
+        "weight": (channels, channels, 3),
+        "bias": (channels,),
+        "norm_weight": (channels,),
+        "norm_bias": (channels,),
+        "time_bias": (batch, channels),
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["weight"] /= (3 * channels) ** 0.5
+    options = {"groups": 0 if causal else 8, "causal": causal}
+    sums = (3 * channels, channels, batch * frames, frames * channels)
+    return OpJob(conv_block, conv_block_ref, {name: x.to(device) for name, x in tensors.items()}, options, sums)
 
 
 def _frames(spec: config.Spec, tokens: int) -> int:
@@ -145,6 +165,9 @@ def _cases() -> list[Case]:
         ("2x16x750-full", "DiT, a solver step of 5 s prompt + 10 s utterance", (2, 16, 750, 0, False, True)),
     ):
         cases.append(Case(f"attention/{name}", title, functools.partial(_attention, *sizes)))
+    for name, title in (("groups", "U-Net of CosyVoice 1"), ("causal", "U-Net of CosyVoice 2")):
+        run = functools.partial(_conv_block, name == "causal")
+        cases.append(Case(f"conv_block/4x500x256-{name}", f"{title}, training batch of 4 x 500 frames", run))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
         for frames in (200, 500):
             cases.append(

@@ -182,9 +182,10 @@ def _test_euler_step(backend: str, device: str) -> None:
     """Forward only, as there is no backward pass."""
     given = _randn(device, x=(1, 19, 24), velocity=(2, 19, 24), dt=())
     for dtype in TESTED_DTYPES:
-        rounded = [t.to(dtype) for t in given.values()]
-        got, eager = ({"x": x} for x, _ in (euler_step(*rounded, 0.7, backend=backend), euler_step_ref(*rounded, 0.7)))
-        truth = {"x": euler_step_ref(*(t.double() for t in rounded), 0.7)[0]}
+        x, velocity, dt = (t.to(dtype) for t in given.values())
+        got = {"x": euler_step(x, velocity, dt, 0.7, backend=backend)[0]}
+        eager = {"x": euler_step_ref(x, velocity, dt, 0.7)[0]}
+        truth = {"x": euler_step_ref(x.double(), velocity.double(), dt.double(), 0.7)[0]}
         assert_parity(got, eager, truth, case=f"euler_step {str(dtype).removeprefix('torch.')}", sums=(2,))
 
 
