@@ -1,9 +1,9 @@
 """What a flow costs, part by part: parameters, FLOPs, bytes saved for backward; and what shrinking it would buy.
 
 One training forward pass per memory mode runs on fake tensors, which have shapes but no data, so even the largest flow
-takes seconds and no memory worth the name.  A row of a training batch passes the same layers as an
-utterance of as many frames, except that the solver calls the estimator ten times with two rows each (guidance); so the
-FLOPs of inference follow.
+takes seconds and no memory worth the name.  A row of a training batch passes the same layers as an utterance of as many
+frames, except that the solver calls the estimator ten times with two rows each (guidance), and does once what the steps
+share; so the FLOPs of inference follow.
 """
 
 import argparse
@@ -209,6 +209,15 @@ def parse_memory(text: str) -> int:
 _TIME_ONLY = re.compile(rf"{re.escape(ESTIMATOR)}\.(time_mlp|time_embed|norm_out|.*\.mlp|.*\.attn_norm)\b")
 
 
+def _shared_by_steps(flow: Any, flops: Counter[str]) -> Counter[str]:
+    """FLOPs, of those of each submodule, that no step of a solver changes: DiT's projection of all channels but x's."""
+    embedding = getattr(flow.decoder.estimator, "input_embed", None)
+    if embedding is None:
+        return Counter()
+    name, channels = f"{ESTIMATOR}.input_embed.proj", embedding.proj.in_features
+    return Counter({name: flops[name] * (channels - flow.output_size) // channels})
+
+
 # Options that remove whole layers: the share that is kept, and which submodules go (k: layers that stay).
 _LAYER_OPTIONS = (
     ("encoder.num_blocks", 1 / 2, r"encoder\.encoders\.(\d+)\."),
@@ -249,10 +258,12 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4, memo
     for key, parameter in flow.named_parameters():
         parameters[key.rpartition(".")[0]] += parameter.numel()
 
+    shared = _shared_by_steps(flow, flops)
+
     def cost(label: str, names: Sequence[str]) -> Cost:
         rows = {n: 1 if _TIME_ONLY.match(n) else GUIDED_ROWS for n in names if n.startswith(ESTIMATOR)}
-        step = sum(flops[n] * rows[n] for n in rows) // batch
-        once = sum(flops[n] for n in names if not n.startswith(ESTIMATOR)) // batch
+        step = sum((flops[n] - shared[n]) * rows[n] for n in rows) // batch
+        once = sum(shared[n] * rows[n] if n in rows else flops[n] for n in names) // batch
         return Cost(
             name=label,
             parameters=sum(parameters[n] for n in names),
