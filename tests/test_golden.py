@@ -42,6 +42,8 @@ def test_case_agrees_with_upstream(path: Path, dtype: torch.dtype, backend: str,
         pytest.skip("attention on triton has no float64")
     if case.name.startswith(SLOW) and backend == "triton" and not torch.cuda.is_available():
         pytest.skip("not run: full size, whole flows and solvers on triton: this machine has no GPU")
+    if case.name.startswith("full_") and backend != "reference" and dtype == torch.float64:
+        pytest.skip("full size in float64 is a minute on two cores: the reference alone is compared")
     with modules_on(backend):
         assert not failures(case, compute(case))
 
