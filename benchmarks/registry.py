@@ -86,7 +86,8 @@ def _conv_block(causal: bool, device: torch.device) -> OpJob:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     tensors["weight"] /= (3 * channels) ** 0.5
-    options = {"groups": 0 if causal else 8, "causal": causal}
+    lengths = torch.full((batch,), frames, device=device)
+    options = {"lengths": lengths, "groups": 0 if causal else 8, "causal": causal}
     sums = (3 * channels, channels, batch * frames, frames * channels)
     return OpJob(conv_block, conv_block_ref, {name: x.to(device) for name, x in tensors.items()}, options, sums)
 
