@@ -385,3 +385,17 @@ def test_bad_input_is_named(case, backend):
     arguments = {"x": X, "w1": W1, "b1": B1, "w2": W2, "b2": B2, "activation": "gelu"} | change
     with pytest.raises(ValueError, match=message):
         feed_forward(**arguments, backend=backend)
+
+
+def test_autocast_around_the_backward_pass_changes_no_product(kernel_backend, device):
+    """What the backward pass restores has the dtype of the forward pass."""
+    torch.manual_seed(0)
+    shapes = (2, 5, 24), (48, 24), (48,), (24, 48), (24,)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in shapes]
+    gradients = []
+    for keep_hidden in (True, False):
+        out = feed_forward(*leaves, activation="silu", keep_hidden=keep_hidden, backend=kernel_backend)
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            gradients.append(torch.autograd.grad(out.sum(), leaves))
+    for kept, restored in zip(*gradients, strict=True):
+        torch.testing.assert_close(restored, kept)

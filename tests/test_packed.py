@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastflow import backend
 from fastflow.ops import packed
 from fastflow.ops.feed_forward import feed_forward
 from fastflow.ops.projection import projection
@@ -73,6 +74,25 @@ def test_packs_once_and_keeps_it_no_longer_than_the_weight(linear, monkeypatch):
     del layer
     gc.collect()
     assert len(packed._cache) == before
+
+
+def test_another_instruction_set_packs_anew(linear):
+    x, native = torch.randn(2, 5, 40), backend.extension
+    chosen = native.cpu_capability()
+    try:
+        for name in (*native.cpu_capabilities(), "baseline"):
+            native.set_cpu_capability(name)
+            torch.testing.assert_close(_run(linear, x), linear(x).detach())
+    finally:
+        native.set_cpu_capability(chosen)
+
+
+def test_a_model_made_in_inference_mode_runs():
+    with torch.inference_mode():
+        linear, x = nn.Linear(40, 33), torch.randn(2, 5, 40)
+        for _ in range(2):
+            torch.testing.assert_close(projection(x, [linear.weight], [linear.bias], backend="cpu"), linear(x))
+            linear.weight.mul_(2)
 
 
 def test_training_keeps_nothing(linear):

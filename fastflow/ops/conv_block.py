@@ -160,7 +160,8 @@ torch.library.define(
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Of [B, T + 2, C], without a copy to [B, C, T]: as an image of one row whose channels come last."""
     image = x.transpose(1, 2)[:, :, None]
-    return F.conv2d(image, weight[:, :, None], bias)[:, :, 0].transpose(1, 2).contiguous()
+    with _backend.no_autocast(x):
+        return F.conv2d(image, weight[:, :, None], bias)[:, :, 0].transpose(1, 2).contiguous()
 
 
 def _taps(causal: bool) -> tuple[int, int]:
@@ -188,7 +189,8 @@ def _grad_weight(dy: Tensor, x: Tensor, right: int) -> Tensor:
     frames, channels = x.shape[0] - (TAPS - 1), x.shape[1]
     dy = dy[right : right + frames].T.expand(TAPS, -1, -1)
     x = x.as_strided((TAPS, frames, channels), (channels, channels, 1))
-    return torch.bmm(dy, x).permute(1, 2, 0).contiguous()
+    with _backend.no_autocast(x):
+        return torch.bmm(dy, x).permute(1, 2, 0).contiguous()
 
 
 @torch.no_grad()

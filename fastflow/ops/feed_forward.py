@@ -136,9 +136,9 @@ class FeedForwardFunction(torch.autograd.Function):
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
         needs, backend = ctx.needs_input_grad, ctx.backend
-        if not ctx.keep_hidden:
-            hidden = product(x, [w1], [b1], scale, shift, ctx.eps, backend)
         with torch.autocast(x.device.type, enabled=False):
+            if not ctx.keep_hidden:
+                hidden = product(x, [w1], [b1], scale, shift, ctx.eps, backend)
             grad, normalised, first_weight, second_weight = (working(t, backend) for t in (grad_out, x, w1, w2))
             factors, second_bias = (None if t is None else working(t, backend) for t in (gate, b2))
             grad_y = grad if factors is None else grad * factors[:, None]

@@ -13,8 +13,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-torch.library.define("fastflow::pack_weights", "(Tensor[] weights, Tensor?[] biases) -> Tensor")
+from fastflow import backend as _backend
 
+torch.library.define("fastflow::pack_weights", "(Tensor[] weights, Tensor?[] biases) -> Tensor")
 
 _cache = WeakTensorKeyDictionary()  # the first weight -> what all were when packed, and packed
 
@@ -22,13 +23,16 @@ _cache = WeakTensorKeyDictionary()  # the first weight -> what all were when pac
 def packed_weights(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
     """The weights ``[N_i, C]`` with their biases in one packed tensor.
 
-    None where a product with x is traced, or the weights are not parameters, which no other call may bring again.
+    None where a product with x is traced; where the weights are no parameters, which no other call may bring again; and
+    where they were made in inference mode, which counts no versions.
     """
-    real = type(x) is Tensor and all(type(weight) is nn.Parameter for weight in weights)
-    if torch.compiler.is_compiling() or not real:
-        return None
     given = [t for t in (*weights, *biases) if t is not None]
-    state = [(id(t), t.data_ptr(), t._version) for t in given]
+    real = type(x) is Tensor and all(type(weight) is nn.Parameter for weight in weights)
+    if torch.compiler.is_compiling() or not real or any(t.is_inference() for t in given):
+        return None
+    assert _backend.extension is not None
+    # The width of a panel is that of the instruction set in force.
+    state = _backend.extension.cpu_capability(), [(id(t), t.data_ptr(), t._version) for t in given]
     known, packed = _cache.get(weights[0], (None, None))
     if known != state:
         packed = torch.ops.fastflow.pack_weights(weights, biases)
