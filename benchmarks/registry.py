@@ -170,12 +170,12 @@ def _cases() -> list[Case]:
         run = functools.partial(_conv_block, name == "causal")
         cases.append(Case(f"conv_block/4x500x256-{name}", f"{title}, training batch of 4 x 500 frames", run))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
-        for frames in (200, 500):
+        for rows, frames in ((4, 200), (4, 500), (1, 1000)):
             cases.append(
                 Case(
-                    f"{version}/train-4x{frames}",
-                    f"{preset}, training batch 4 x {frames} frames",
-                    functools.partial(_training, preset, 4, frames),
+                    f"{version}/train-{rows}x{frames}",
+                    f"{preset}, training batch {rows} x {frames} frames",
+                    functools.partial(_training, preset, rows, frames),
                     heavy=True,
                     flow=True,
                 )

@@ -195,20 +195,11 @@ def draw(path: Path, utterance: demo.Utterance, mel: Tensor) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), dpi=100, layout="constrained")
-    low, high, seconds = utterance.mel.min().item(), utterance.mel.max().item(), utterance.seconds(len(mel))
     axes = figure.subplots(2, sharex=True)
     for axis, (name, shown) in zip(axes, {"target": utterance.mel, "generated": mel}.items(), strict=True):
-        axis.imshow(
-            shown.T.numpy(),
-            origin="lower",
-            aspect="auto",
-            vmin=low,
-            vmax=high,
-            extent=(0, seconds, 0, 80),
-            cmap="magma",
-        )
+        demo.show(axis, shown, utterance)
         axis.axvline(demo.PROMPT, color="white", linestyle="--")
-        axis.set(title=f"{name}, mean L1 behind the prompt {demo.l1(shown, utterance):.2f}", ylabel="mel channel")
+        axis.set_title(f"{name}, mean L1 behind the prompt {demo.l1(shown, utterance):.2f}")
     axes[1].set_xlabel("time (s)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

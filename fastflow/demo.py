@@ -268,6 +268,14 @@ def differences(arms: list[Arm]) -> list[float]:
     return [abs(a - b) / abs(b) for a, b in zip(ours.losses, reference.losses, strict=True)]
 
 
+def show(axis: Any, mel: Tensor, utterance: Utterance) -> Any:
+    """Draw a mel ``[T, 80]`` over seconds, on the colour scale of the utterance's own, and return the image."""
+    scale = {"vmin": utterance.mel.min().item(), "vmax": utterance.mel.max().item(), "cmap": "magma"}
+    axis.set_ylabel("mel channel")
+    extent = (0, utterance.seconds(len(mel)), 0, mel.shape[1])
+    return axis.imshow(mel.T.numpy(), origin="lower", aspect="auto", extent=extent, **scale)
+
+
 def draw(path: Path, title: str, utterance: Utterance, mel: Tensor, arms: list[Arm]) -> None:
     """One picture: tokens, target and generated mel on one time axis and one colour scale, and both loss curves."""
     from matplotlib.figure import Figure
@@ -276,7 +284,6 @@ def draw(path: Path, title: str, utterance: Utterance, mel: Tensor, arms: list[A
     figure.suptitle(title, fontsize=14)
     grid = figure.add_gridspec(4, 2, height_ratios=[1.1, 3, 3, 3])
     seconds = utterance.seconds(len(mel))
-    low, high = utterance.mel.min().item(), utterance.mel.max().item()
 
     axis = figure.add_subplot(grid[0, :])
     axis.step(torch.linspace(0, seconds, len(utterance.tokens) + 1)[:-1], utterance.tokens, where="post", linewidth=0.9)
@@ -287,17 +294,8 @@ def draw(path: Path, title: str, utterance: Utterance, mel: Tensor, arms: list[A
     names = ("target", "generated from the tokens; left of the line: the prompt, given")
     for row, (name, shown) in enumerate(zip(names, (utterance.mel, mel), strict=True), start=1):
         axis = figure.add_subplot(grid[row, :])
-        image = axis.imshow(
-            shown.T.numpy(),
-            origin="lower",
-            aspect="auto",
-            vmin=low,
-            vmax=high,
-            extent=(0, seconds, 0, 80),
-            cmap="magma",
-        )
+        image = show(axis, shown, utterance)
         axis.set_title(name, fontsize=11)
-        axis.set_ylabel("mel channel")
         panels.append(axis)
     panels[0].set_xticklabels([])
     panels[1].set_xlabel("time (s)")

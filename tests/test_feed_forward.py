@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow.ops import Norm, feed_forward, feed_forward_ref
 from fastflow.ops.feed_forward import ACTIVATIONS
-from fastflow.ops.norm import op
+from fastflow.ops.registry import op
 from fastflow.testing import poison
 from fastflow.testing.tolerances import assert_parity
 

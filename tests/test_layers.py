@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastflow.config import build, preset
+from fastflow.testing.cases import fresh_flow, training_batch
 
 
 class WithLora(nn.Module):
@@ -26,22 +26,15 @@ def _linear_layers(flow: nn.Module) -> list[str]:
     return [name for name, layer in flow.named_modules() if type(layer) is nn.Linear]
 
 
-def _loss(flow: nn.Module) -> torch.Tensor:
+def _loss(flow: nn.Module, name: str) -> torch.Tensor:
     torch.manual_seed(0)
     random.seed(0)
-    batch = {
-        "speech_token": torch.randint(0, 4000, (2, 12)),
-        "speech_token_len": torch.tensor([12, 9]),
-        "speech_feat": torch.randn(2, 24, 80),
-        "speech_feat_len": torch.tensor([24, 18]),
-        "embedding": torch.randn(2, 192),
-    }
-    return flow(batch, torch.device("cpu"))["loss"]
+    return flow(training_batch(name), "cpu")["loss"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny2", "tiny3"])
 def test_a_wrapped_layer_is_called_or_refused_but_never_passed_over(name):
-    flow = build(preset(name))
+    flow = fresh_flow(name)
     refused = 0
     for path in _linear_layers(flow):
         parent, _, child = path.rpartition(".")
@@ -49,7 +42,7 @@ def test_a_wrapped_layer_is_called_or_refused_but_never_passed_over(name):
         wrapped = WithLora(layer)
         setattr(flow.get_submodule(parent), child, wrapped)
         try:
-            loss = _loss(flow)
+            loss = _loss(flow, name)
         except TypeError:
             refused += 1
         else:
@@ -65,20 +58,21 @@ def test_a_parametrised_layer_is_seen(name):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
             return 2 * weight
 
-    flow = build(preset(name)).eval()
+    flow = fresh_flow(name).eval()
     path = next(path for path in _linear_layers(flow) if path.endswith("to_q"))
     layer = flow.get_submodule(path)
     with torch.no_grad():
         layer.weight.mul_(2)
-        expected = _loss(flow)
+        expected = _loss(flow, name)
         layer.weight.mul_(0.5)
         parametrize.register_parametrization(layer, "weight", Doubled())
-        torch.testing.assert_close(_loss(flow), expected)
+        torch.testing.assert_close(_loss(flow, name), expected)
 
 
 def test_the_refusal_names_the_layer_and_the_way_out():
-    flow = build(preset("tiny"))
+    name = "tiny"
+    flow = fresh_flow(name)
     block = flow.decoder.estimator.mid_blocks[0][1][0]
     block.attn1.to_q = WithLora(block.attn1.to_q)
     with pytest.raises(TypeError, match=r"WithLora.*merge LoRA weights"):
-        _loss(flow)
+        _loss(flow, name)

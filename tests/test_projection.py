@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fastflow.ops import Norm, projection, projection_ref
-from fastflow.ops.norm import op
+from fastflow.ops.registry import op
 from fastflow.testing import poison
 from fastflow.testing.tolerances import assert_parity
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastflow
+from fastflow.testing.cases import fresh_flow, training_batch
 from fastflow.testing.counters import Counts, SavedTensors, current_module
 from fastflow.training import freeze, gradient_flow, parameter_groups, unfreeze
 from fastflow.training.parts import block_of, named_part_parameters, parts
@@ -18,24 +19,6 @@ PARTS = {
     "tiny2": ["embedding", "encoder", "speaker", "estimator"],
     "tiny3": ["embedding", "pre_lookahead", "speaker", "estimator"],
 }
-
-
-def make_flow(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return fastflow.from_preset(name)
-
-
-def make_batch(name: str, rows: int = 2, tokens: int = 12) -> dict[str, torch.Tensor]:
-    """Rows of falling length; token ids below 200."""
-    token_len = torch.tensor([tokens - 3 * i for i in range(rows)])
-    feat_len = (token_len * 1.7).int() if name == "tiny" else token_len * 2
-    return {
-        "speech_token": torch.randint(1, 200, (rows, tokens)),
-        "speech_token_len": token_len,
-        "speech_feat": torch.randn(rows, int(feat_len[0]), 80),
-        "speech_feat_len": feat_len,
-        "embedding": torch.randn(rows, 192),
-    }
 
 
 def loss_of(flow: nn.Module, batch: dict, seed: int = 0) -> torch.Tensor:
@@ -59,7 +42,7 @@ def test_parts_cover_every_parameter_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_parts_are_in_the_order_of_the_data(name: str) -> None:
-    assert list(parts(make_flow(name))) == PARTS[name]
+    assert list(parts(fresh_flow(name))) == PARTS[name]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +69,7 @@ def test_what_is_no_flow_is_refused() -> None:
 # ------------------------------------------------------------------------------------------------ gradient_flow
 @pytest.mark.parametrize("name", TINY)
 def test_figures_are_those_of_backward(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     random.seed(0)
     torch.manual_seed(0)
     found = gradient_flow(flow, batch)
@@ -108,7 +91,7 @@ def test_figures_are_those_of_backward(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_everything_is_left_as_it_was(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     loss_of(flow, batch).backward()
     grads = [p.grad.clone() for p in flow.parameters()]
     states = random.getstate(), torch.get_rng_state()
@@ -121,7 +104,7 @@ def test_everything_is_left_as_it_was(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_one_loss_trains_every_part_and_rows_without_condition_only_the_estimator(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     flow.decoder.training_cfg_rate = 0.0
     assert all(part.norm > 0 for part in gradient_flow(flow, batch).parts)
     flow.decoder.training_cfg_rate = 1.0  # every row is dropped
@@ -131,7 +114,7 @@ def test_one_loss_trains_every_part_and_rows_without_condition_only_the_estimato
 
 @pytest.mark.parametrize("name", TINY)
 def test_only_tokens_of_the_batch_get_gradient(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name, rows=1)
+    flow, batch = fresh_flow(name), training_batch(name, rows=1)
     flow.decoder.training_cfg_rate = 0.0
     rows = batch["speech_token"].unique().numel()
     table = flow.input_embedding
@@ -142,7 +125,7 @@ def test_only_tokens_of_the_batch_get_gradient(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_frames_of_the_condition_prefix_still_send_gradient_to_the_encoder(name: str, monkeypatch) -> None:
-    flow, batch = make_flow(name), make_batch(name, rows=1)
+    flow, batch = fresh_flow(name), training_batch(name, rows=1)
     flow.decoder.training_cfg_rate = 0.0
     frames = batch["speech_feat"].shape[1]
     prefix = int(0.3 * frames)
@@ -166,7 +149,7 @@ def test_frames_of_the_condition_prefix_still_send_gradient_to_the_encoder(name:
 
 
 def test_weights_that_read_the_known_frames_get_gradient_only_from_a_prefix(monkeypatch) -> None:
-    flow, batch = make_flow("tiny3"), make_batch("tiny3")
+    flow, batch = fresh_flow("tiny3"), training_batch("tiny3")
     flow.decoder.training_cfg_rate = 0.0
     share = 80 / flow.decoder.estimator.input_embed.proj.in_features
 
@@ -182,7 +165,7 @@ def test_weights_that_read_the_known_frames_get_gradient_only_from_a_prefix(monk
 
 
 def test_table_and_plot_name_every_block(tmp_path, monkeypatch) -> None:
-    found = gradient_flow(make_flow("tiny"), make_batch("tiny"))
+    found = gradient_flow(fresh_flow("tiny"), training_batch("tiny"))
     rich = found.table()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     plain = found.table()
@@ -195,7 +178,7 @@ def test_table_and_plot_name_every_block(tmp_path, monkeypatch) -> None:
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch) -> None:
-    found = gradient_flow(make_flow("tiny3"), make_batch("tiny3"))
+    found = gradient_flow(fresh_flow("tiny3"), training_batch("tiny3"))
     load = builtins.__import__
 
     def refuse(name, *args, **kwargs):
@@ -211,7 +194,7 @@ def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch) -> None:
 # ------------------------------------------------------------------------------------------------ groups
 @pytest.mark.parametrize("name", TINY)
 def test_groups_hold_every_parameter_once_and_decay_only_weights(name: str) -> None:
-    flow = make_flow(name)
+    flow = fresh_flow(name)
     groups = parameter_groups(flow, 1e-3, encoder_scale=0.1, weight_decay=0.05)
     members = [id(p) for group in groups for p in group["params"]]
     assert sorted(members) == sorted(id(p) for p in flow.parameters())
@@ -225,14 +208,14 @@ def test_groups_hold_every_parameter_once_and_decay_only_weights(name: str) -> N
 
 @pytest.mark.parametrize("name", TINY)
 def test_only_the_estimator_has_the_full_rate(name: str) -> None:
-    flow = make_flow(name)
+    flow = fresh_flow(name)
     rates = {id(p): g["lr"] for g in parameter_groups(flow, 1e-3, encoder_scale=0.1) for p in g["params"]}
     for part, named in named_part_parameters(flow).items():
         assert {rates[id(p)] for p in named.values()} == {1e-3 if part == "estimator" else 1e-4}
 
 
 def test_frozen_parameters_are_in_no_group() -> None:
-    flow = make_flow("tiny")
+    flow = fresh_flow("tiny")
     freeze(flow, "embedding", "encoder", "length_regulator", "speaker")
     assert [g["name"] for g in parameter_groups(flow, 1e-3)] == ["estimator", "estimator, no decay"]
     freeze(flow, "estimator")
@@ -244,7 +227,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan")])
 def test_groups_refuse_negative_numbers(argument: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{argument} must be a number >= 0"):
-        parameter_groups(make_flow("tiny3"), **{"lr": 1e-3, argument: value})
+        parameter_groups(fresh_flow("tiny3"), **{"lr": 1e-3, argument: value})
 
 
 # ------------------------------------------------------------------------------------------------ freeze
@@ -253,12 +236,12 @@ def test_freeze_lists_the_allowed_names(names: tuple[str, ...]) -> None:
     with pytest.raises(
         ValueError, match=r"embedding, encoder, length_regulator, speaker, estimator; got (none|'decoder')"
     ):
-        freeze(make_flow("tiny"), *names)
+        freeze(fresh_flow("tiny"), *names)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_frozen_part_does_not_move_and_the_others_do(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     loss_of(flow, batch).backward()
     part = "pre_lookahead" if name == "tiny3" else "encoder"
     optimizer = torch.optim.AdamW(flow.parameters(), 1e-3)
@@ -274,7 +257,7 @@ def test_a_frozen_part_does_not_move_and_the_others_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", TINY)
 def test_nothing_is_saved_in_parts_that_are_frozen_up_to_mu(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
 
     def saved_by_module() -> dict[str, int]:
         with current_module(flow) as where, SavedTensors(flow.parameters(), where) as saved:
@@ -296,19 +279,19 @@ def test_nothing_is_saved_in_parts_that_are_frozen_up_to_mu(name: str) -> None:
 @pytest.mark.parametrize("frozen", ["condition", "estimator"])
 def test_gradients_of_frozen_weights_are_not_computed(name: str, frozen: str) -> None:
     def backward_flops(flow: nn.Module) -> int:
-        loss = loss_of(flow, make_batch(name, tokens=60))
+        loss = loss_of(flow, training_batch(name, tokens=60))
         with Counts() as counts:
             loss.backward()
         return counts.flops.total()
 
-    whole, flow = backward_flops(make_flow(name)), make_flow(name)
+    whole, flow = backward_flops(fresh_flow(name)), fresh_flow(name)
     freeze(flow, *(part for part in PARTS[name] if (part == "estimator") == (frozen == "estimator")))
     assert backward_flops(flow) < 0.98 * whole
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_the_estimators_gradient_does_not_depend_on_what_is_frozen(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     loss_of(flow, batch).backward()
     whole = [p.grad.clone() for p in flow.decoder.parameters()]
     flow.zero_grad()
@@ -319,7 +302,7 @@ def test_the_estimators_gradient_does_not_depend_on_what_is_frozen(name: str) ->
 
 
 def test_dropout_of_a_frozen_part_stays_active() -> None:
-    flow = make_flow("tiny")
+    flow = fresh_flow("tiny")
     flow.encoder.embed.dropout.p = 0.5
     freeze(flow, "encoder")
     assert flow.encoder.training

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import fastflow
+from fastflow.testing.cases import fresh_flow, training_batch
 from fastflow.testing.counters import Counts
 from fastflow.training import NonFiniteError, OverflowMonitor, SpikeDetector, StabilityMonitor, freeze
 from fastflow.training.attention_logits import AttentionLogits
@@ -21,28 +21,11 @@ from fastflow.training.parts import named_part_parameters
 TINY = ["tiny", "tiny2", "tiny3"]
 
 
-def make_flow(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return fastflow.from_preset(name)
-
-
-def make_batch(name: str, rows: int = 3, tokens: int = 12) -> dict[str, torch.Tensor]:
-    token_len = torch.tensor([tokens - 3 * i for i in range(rows)])
-    feat_len = (token_len * 1.7).int() if name == "tiny" else token_len * 2
-    return {
-        "speech_token": torch.randint(1, 200, (rows, tokens)),
-        "speech_token_len": token_len,
-        "speech_feat": torch.randn(rows, int(feat_len[0]), 80),
-        "speech_feat_len": feat_len,
-        "embedding": torch.randn(rows, 192),
-    }
-
-
 class Run:
     """A flow, its optimizer and its monitor; ``scale`` multiplies the gradient of a step to make a spike."""
 
     def __init__(self, name: str = "tiny3", lr: float = 1e-3, **options) -> None:
-        self.flow, self.batch = make_flow(name), make_batch(name)
+        self.flow, self.batch = fresh_flow(name), training_batch(name)
         self.optimizer = torch.optim.AdamW(self.flow.parameters(), lr)
         self.monitor = StabilityMonitor(self.flow, self.optimizer, **options)
 
@@ -120,7 +103,7 @@ def test_loss_by_timestep_is_that_of_the_rows(name: str, accumulated: int) -> No
 
 
 def test_largest_attention_logit_is_that_of_a_plain_computation() -> None:
-    flow, batch = make_flow("tiny2"), make_batch("tiny2")
+    flow, batch = fresh_flow("tiny2"), training_batch("tiny2")
     logits = AttentionLogits(flow)
     logits.active = True
     seen = {}
@@ -163,10 +146,10 @@ def test_unsampled_steps_have_no_logits() -> None:
 
 
 def test_frozen_parts_have_no_gradient_figures() -> None:
-    flow = make_flow("tiny")
+    flow = fresh_flow("tiny")
     freeze(flow, "encoder")
     with StabilityMonitor(flow, torch.optim.SGD(flow.parameters(), 1e-3)) as monitor:
-        loss = flow(make_batch("tiny"), "cpu")["loss"]
+        loss = flow(training_batch("tiny"), "cpu")["loss"]
         loss.backward()
         figures = monitor.step(loss).figures
     assert "gradient/encoder" not in figures
@@ -186,7 +169,7 @@ def test_one_read_from_the_device_a_step() -> None:
 
 
 def test_close_removes_every_hook() -> None:
-    flow = make_flow("tiny")
+    flow = fresh_flow("tiny")
     hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in flow.modules())  # noqa: E731
     monitor = StabilityMonitor(flow, torch.optim.SGD(flow.parameters(), 1e-3))
     assert hooks() > 0
@@ -198,7 +181,7 @@ def test_close_removes_every_hook() -> None:
 def test_steps_are_those_of_the_optimizer() -> None:
     """With the monitor and without it a run is the same, bit for bit."""
     run = Run("tiny")
-    plain = copy.deepcopy(make_flow("tiny"))
+    plain = copy.deepcopy(fresh_flow("tiny"))
     optimizer = torch.optim.AdamW(plain.parameters(), 1e-3)
     for _ in range(3):
         state = random.getstate(), torch.get_rng_state()
@@ -360,7 +343,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_forgotten(caplog) -> None:
 
 
 def test_a_scaler_lowers_its_scale_after_an_overflow() -> None:
-    flow, batch = make_flow("tiny3"), make_batch("tiny3")
+    flow, batch = fresh_flow("tiny3"), training_batch("tiny3")
     optimizer = torch.optim.AdamW(flow.parameters(), 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     batch["speech_feat"] *= 100
@@ -449,7 +432,7 @@ def test_bad_options_are_refused(options: dict, match: str) -> None:
 # ------------------------------------------------------------------------------------------------ overflow
 @pytest.mark.parametrize("name", TINY)
 def test_the_block_where_activations_grow_is_named(name: str) -> None:
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     block = {
         "tiny": "decoder.estimator.mid_blocks.1.1.0.ff",
         "tiny2": "encoder.up_layer",
@@ -466,14 +449,14 @@ def test_the_block_where_activations_grow_is_named(name: str) -> None:
 
 
 def test_a_table_of_vectors_does_not_grow_anything() -> None:
-    flow, batch = make_flow("tiny"), make_batch("tiny")
+    flow, batch = fresh_flow("tiny"), training_batch("tiny")
     with OverflowMonitor(flow) as overflow, torch.no_grad():
         flow(batch, "cpu")
     assert overflow.grower().name.startswith("decoder.estimator")
 
 
 def test_the_first_block_that_overflows_is_named() -> None:
-    flow, batch = make_flow("tiny3"), make_batch("tiny3")
+    flow, batch = fresh_flow("tiny3"), training_batch("tiny3")
     flow.get_submodule("decoder.estimator.transformer_blocks.1.ff").ff[2].bias.data.fill_(float("inf"))
     with OverflowMonitor(flow) as overflow, torch.no_grad():
         flow(batch, "cpu")
@@ -483,7 +466,7 @@ def test_the_first_block_that_overflows_is_named() -> None:
 
 
 def test_overflow_monitor_leaves_no_hooks_and_does_not_change_the_loss() -> None:
-    flow, batch = make_flow("tiny"), make_batch("tiny")
+    flow, batch = fresh_flow("tiny"), training_batch("tiny")
     losses = []
     for watched in (True, False):
         random.seed(0)
@@ -496,14 +479,14 @@ def test_overflow_monitor_leaves_no_hooks_and_does_not_change_the_loss() -> None
 
 def test_overflow_monitor_without_a_run_says_so() -> None:
     with pytest.raises(ValueError, match="run the flow inside"):
-        OverflowMonitor(make_flow("tiny3")).grower()
+        OverflowMonitor(fresh_flow("tiny3")).grower()
 
 
 # ------------------------------------------------------------------------------------------------ torch's own EMA
 @pytest.mark.parametrize("name", TINY)
 def test_torchs_averaged_model_works_with_a_flow(name: str) -> None:
     """``AveragedModel(flow, multi_avg_fn=get_ema_multi_avg_fn(0.999))``: its average synthesises, saves and loads."""
-    flow, batch = make_flow(name), make_batch(name)
+    flow, batch = fresh_flow(name), training_batch(name)
     average = torch.optim.swa_utils.AveragedModel(
         flow, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True
     )
@@ -518,7 +501,7 @@ def test_torchs_averaged_model_works_with_a_flow(name: str) -> None:
             expected[key] = p.detach().clone() if step == 0 else torch.lerp(p.detach(), expected[key], 0.9)
     for key, p in average.module.named_parameters():
         torch.testing.assert_close(p, expected[key], rtol=1e-5, atol=1e-6)
-    fresh = make_flow(name)
+    fresh = fresh_flow(name)
     fresh.load_state_dict(average.module.state_dict())
     assert torch.isfinite(average.module(batch, "cpu")["loss"])
     assert next(average.module.parameters()) is not next(flow.parameters())

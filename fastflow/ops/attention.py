@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
+from fastflow.ops.registry import define, kernel, op
 
 HEAD_DIMS = range(8, 257, 8)
 DTYPES = {"triton": _backend.FLOATS - {torch.float64}, "cpu": _backend.FLOATS}
@@ -239,31 +240,8 @@ _FAKES: dict[str, Callable] = {
 }
 
 
-def _triton(name: str):  # type: ignore[no-untyped-def]
-    def launch(*args):  # type: ignore[no-untyped-def]
-        from fastflow.kernels import attention as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return launch
-
-
-for _name, _schema in _SCHEMAS.items():  # the C++ module implements those without a suffix, for CPU
-    for _suffix in ("", "_triton"):
-        torch.library.define(f"fastflow::{_name}{_suffix}", _schema)
-        torch.library.register_fake(f"fastflow::{_name}{_suffix}", _FAKES[_name])
-    for _device in ("cpu", "cuda"):
-        torch.library.impl(f"fastflow::{_name}_triton", _device, _triton(_name))
-
-
-def _op(name: str, backend: str):  # type: ignore[no-untyped-def]
-    return _OPS[f"{name}_triton" if backend == "triton" else name]
-
-
-_OPS = {
-    name: getattr(torch.ops.fastflow, name).default
-    for name in (f"{op}{suffix}" for op in _SCHEMAS for suffix in ("", "_triton"))
-}
+for _name, _schema in _SCHEMAS.items():
+    define(_name, _schema, _FAKES[_name], kernel("attention", _name))
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -272,7 +250,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def forward(backend, rule, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
         name = "attention" if len(tensors) == 3 else "relative_attention"
-        return _op(name, backend)(*tensors, lengths, *rule, seed)
+        return op(name, backend)(*tensors, lengths, *rule, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -285,7 +263,7 @@ class AttentionFunction(torch.autograd.Function):
     def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
         lengths, seed, out, lse, *tensors = ctx.saved_tensors
         name = "attention_backward" if len(tensors) == 3 else "relative_attention_backward"
-        grads = _op(name, ctx.backend)(grad, out, lse, *tensors, lengths, *ctx.rule, seed)
+        grads = op(name, ctx.backend)(grad, out, lse, *tensors, lengths, *ctx.rule, seed)
         return None, None, None, None, *grads
 
 
@@ -298,7 +276,7 @@ class RestoredAttentionFunction(torch.autograd.Function):
         _check(q, k, v, RelativePosition(*rel) if rel else None, options)
         (rule, seed), lengths = options.rule(q), options.lengths
         ctx.name = "relative_attention_backward" if rel else "attention_backward"
-        out, lse = _op(ctx.name.removesuffix("_backward"), backend)(q, k, v, *rel, lengths, *rule, seed)
+        out, lse = op(ctx.name.removesuffix("_backward"), backend)(q, k, v, *rel, lengths, *rule, seed)
         ctx.heads, ctx.backend, ctx.rule, ctx.autocast = heads, backend, rule, _autocast(q.device.type)
         ctx.save_for_backward(lengths, seed, out, lse, *tensors)
         return out
@@ -313,7 +291,7 @@ class RestoredAttentionFunction(torch.autograd.Function):
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             heads = ctx.heads(*aliases)
         values = [x.detach() for x in heads]
-        grads = _op(ctx.name, ctx.backend)(grad, out, lse, *values, lengths, *ctx.rule, seed)
+        grads = op(ctx.name, ctx.backend)(grad, out, lse, *values, lengths, *ctx.rule, seed)
         reached = [(x, g) for x, g in zip(heads, grads, strict=True) if x.requires_grad]
         wanted = [t for t, n in zip(aliases, needs, strict=True) if n]
         outputs, grads = zip(*reached, strict=True)
@@ -435,7 +413,7 @@ def attention(
     tensors = (q, k, v) if rel_pos is None else (q, k, v, *rel_pos)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
         return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)[0]
-    return _op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]
+    return op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]
 
 
 def restored_attention(

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.attention import length_mask
+from fastflow.ops.registry import define, kernel, op
 
 TAPS = 3
 DTYPES = {
@@ -119,28 +120,8 @@ def _backward_fake(grad, y, mean, rstd, x, weight, *rest):  # type: ignore[no-un
     return tuple(x.new_empty(shape) for shape in gradient_shapes(x, weight, rest[-1]))
 
 
-for _suffix in ("", "_triton"):  # of the first pair, the C++ module has the kernels for CPU
-    torch.library.define(f"fastflow::conv_block{_suffix}", _FORWARD)
-    torch.library.define(f"fastflow::conv_block_backward{_suffix}", _BACKWARD)
-    torch.library.register_fake(f"fastflow::conv_block{_suffix}", _forward_fake)
-    torch.library.register_fake(f"fastflow::conv_block_backward{_suffix}", _backward_fake)
-
-
-def _forward_triton(*args):  # type: ignore[no-untyped-def]
-    from fastflow.kernels.conv_block import conv_block
-
-    return conv_block(*args)
-
-
-def _backward_triton(*args):  # type: ignore[no-untyped-def]
-    from fastflow.kernels.conv_block import conv_block_backward
-
-    return conv_block_backward(*args)
-
-
-for _device in ("cpu", "cuda"):
-    torch.library.impl("fastflow::conv_block_triton", _device, _forward_triton)
-    torch.library.impl("fastflow::conv_block_backward_triton", _device, _backward_triton)
+define("conv_block", _FORWARD, _forward_fake, kernel("conv_block", "conv_block"))
+define("conv_block_backward", _BACKWARD, _backward_fake, kernel("conv_block", "conv_block_backward"))
 
 # On CUDA the convolution is torch's, between kernels that make its input, which is [B, T + 2, C] with frames of zeros
 # around the rows, and take its output.
@@ -215,24 +196,13 @@ def _backward_cuda(  # type: ignore[no-untyped-def]
 torch.library.impl("fastflow::conv_block", "cuda", _forward_cuda)
 torch.library.impl("fastflow::conv_block_backward", "cuda", _backward_cuda)
 
-_FORWARD_OP = {
-    "cpu": torch.ops.fastflow.conv_block.default,
-    "cuda": torch.ops.fastflow.conv_block.default,
-    "triton": torch.ops.fastflow.conv_block_triton.default,
-}
-_BACKWARD_OP = {
-    "cpu": torch.ops.fastflow.conv_block_backward.default,
-    "cuda": torch.ops.fastflow.conv_block_backward.default,
-    "triton": torch.ops.fastflow.conv_block_backward_triton.default,
-}
-
 
 class ConvBlockFunction(torch.autograd.Function):
     """``rule`` holds the numbers of the schema, ``keep`` says whether y and its statistics are kept."""
 
     @staticmethod
     def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep, backend):  # type: ignore
-        return _FORWARD_OP[backend](x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
+        return op("conv_block", backend)(x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -247,8 +217,8 @@ class ConvBlockFunction(torch.autograd.Function):
         *products, x, weight, bias, norm_weight, norm_bias, lengths = ctx.saved_tensors
         given = (x, weight, bias, norm_weight, norm_bias, lengths)
         if not ctx.keep:
-            _, *products = _FORWARD_OP[ctx.backend](*given, None, *ctx.rule, True)
-        grads = _BACKWARD_OP[ctx.backend](grad, *products, *given, *ctx.rule, wanted)
+            _, *products = op("conv_block", ctx.backend)(*given, None, *ctx.rule, True)
+        grads = op("conv_block_backward", ctx.backend)(grad, *products, *given, *ctx.rule, wanted)
         return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), *[None] * 4
 
 
@@ -347,4 +317,4 @@ def conv_block(
     rule = (groups, causal, padding == "exact" and lengths is not None, eps)
     if records:
         return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)[0]
-    return _FORWARD_OP[chosen](*given, lengths, time_bias, *rule, False)[0]
+    return op("conv_block", chosen)(*given, lengths, time_bias, *rule, False)[0]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastflow import backend as _backend
+from fastflow.ops.registry import define, kernel, op
 
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
@@ -24,25 +25,7 @@ def _fake(x: Tensor, velocity: Tensor, dt: Tensor, rate: float) -> tuple[Tensor,
     return x.new_empty(0 if x.dtype == velocity.dtype else x.shape), velocity.new_empty(velocity.shape)
 
 
-for _suffix in ("", "_triton"):  # the C++ module implements the first for CPU and CUDA
-    torch.library.define(f"fastflow::euler_step{_suffix}", _SCHEMA)
-    torch.library.register_fake(f"fastflow::euler_step{_suffix}", _fake)
-
-
-def _triton(*args):  # type: ignore[no-untyped-def]
-    from fastflow.kernels.euler_step import euler_step
-
-    return euler_step(*args)
-
-
-for _device in ("cpu", "cuda"):
-    torch.library.impl("fastflow::euler_step_triton", _device, _triton)
-
-_OP = {
-    "cpu": torch.ops.fastflow.euler_step.default,
-    "cuda": torch.ops.fastflow.euler_step.default,
-    "triton": torch.ops.fastflow.euler_step_triton.default,
-}
+define("euler_step", _SCHEMA, _fake, kernel("euler_step", "euler_step"))
 
 
 def euler_step_ref(x: Tensor, velocity: Tensor, dt: Tensor, rate: float) -> tuple[Tensor, Tensor]:
@@ -103,6 +86,6 @@ def euler_step(
     if chosen == "reference":
         after, doubled = euler_step_ref(x, velocity, dt, rate)
     else:
-        after, doubled = _OP[chosen](x, velocity, dt, rate)
+        after, doubled = op("euler_step", chosen)(x, velocity, dt, rate)
         after = doubled[: x.shape[0]] if x.dtype == velocity.dtype else after
     return after, doubled.to(returned)

@@ -23,13 +23,9 @@ from fastflow.ops.norm import (
     check_like,
     check_norm,
     check_signal,
-    define,
-    define_pass,
     gated,
-    gpu_pass,
     norm_backward,
     norm_ref,
-    op,
     working,
 )
 from fastflow.ops.packed import packed_weights
@@ -42,6 +38,7 @@ from fastflow.ops.projection import (
     to_input,
     weight_gradients,
 )
+from fastflow.ops.registry import define, gpu_pass, kernel, op
 
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 ACTIVATIONS = {
@@ -104,17 +101,17 @@ define(
     functools.partial(on_gpu, "triton"),
 )
 torch.library.impl("fastflow::feed_forward", "cuda", functools.partial(on_gpu, "cuda"))
-define_pass(
-    "feed_forward",
+define(
     "activation_forward",
     "(Tensor hidden, int activation) -> Tensor",
     lambda hidden, activation: hidden.new_empty(hidden.shape),
+    kernel("feed_forward", "activation_forward"),
 )
-define_pass(
-    "feed_forward",
+define(
     "activation_backward",
     "(Tensor grad, Tensor hidden, int activation) -> (Tensor, Tensor)",
     _activation_backward_fake,
+    kernel("feed_forward", "activation_backward"),
 )
 
 

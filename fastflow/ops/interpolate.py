@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
+from fastflow.ops.registry import define, kernel, op
 
 MAX_SEGMENTS = 4  # prompt, head, middle, tail
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
@@ -47,39 +48,8 @@ def _backward_fake(
     return grad.new_empty((grad.shape[0], in_frames, grad.shape[1 if channels_first else 2]))
 
 
-for _suffix in ("", "_triton"):  # the C++ module implements the first pair for CPU and CUDA
-    torch.library.define(f"fastflow::interpolate{_suffix}", _FORWARD)
-    torch.library.define(f"fastflow::interpolate_backward{_suffix}", _BACKWARD)
-    torch.library.register_fake(f"fastflow::interpolate{_suffix}", _forward_fake)
-    torch.library.register_fake(f"fastflow::interpolate_backward{_suffix}", _backward_fake)
-
-
-def _forward_triton(*args):  # type: ignore[no-untyped-def]
-    from fastflow.kernels.interpolate import interpolate_forward
-
-    return interpolate_forward(*args)
-
-
-def _backward_triton(*args):  # type: ignore[no-untyped-def]
-    from fastflow.kernels.interpolate import interpolate_backward
-
-    return interpolate_backward(*args)
-
-
-for _device in ("cpu", "cuda"):
-    torch.library.impl("fastflow::interpolate_triton", _device, _forward_triton)
-    torch.library.impl("fastflow::interpolate_backward_triton", _device, _backward_triton)
-
-_FORWARD_OP = {
-    "cpu": torch.ops.fastflow.interpolate.default,
-    "cuda": torch.ops.fastflow.interpolate.default,
-    "triton": torch.ops.fastflow.interpolate_triton.default,
-}
-_BACKWARD_OP = {
-    "cpu": torch.ops.fastflow.interpolate_backward.default,
-    "cuda": torch.ops.fastflow.interpolate_backward.default,
-    "triton": torch.ops.fastflow.interpolate_backward_triton.default,
-}
+define("interpolate", _FORWARD, _forward_fake, kernel("interpolate", "interpolate_forward"))
+define("interpolate_backward", _BACKWARD, _backward_fake, kernel("interpolate", "interpolate_backward"))
 
 
 class InterpolateFunction(torch.autograd.Function):
@@ -87,7 +57,7 @@ class InterpolateFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(x, rows, shared, frames, channels_first, backend):  # type: ignore[no-untyped-def]
-        return _FORWARD_OP[backend](x, rows, shared, frames, channels_first)
+        return op("interpolate", backend)(x, rows, shared, frames, channels_first)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -100,7 +70,7 @@ class InterpolateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (rows,) = ctx.saved_tensors
-        return _BACKWARD_OP[ctx.backend](grad, rows, *ctx.rest), None, None, None, None, None
+        return op("interpolate_backward", ctx.backend)(grad, rows, *ctx.rest), None, None, None, None, None
 
 
 def _source(src_len: Tensor, dst_len: Tensor, j: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -249,4 +219,4 @@ def interpolate(
         rows, shared = None, [length for pair in segments for length in pair]
     if torch.is_grad_enabled() and x.requires_grad:
         return InterpolateFunction.apply(x, rows, shared, total, channels_first, chosen)
-    return _FORWARD_OP[chosen](x, rows, shared, total, channels_first)
+    return op("interpolate", chosen)(x, rows, shared, total, channels_first)

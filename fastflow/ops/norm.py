@@ -4,8 +4,7 @@
 ``[B, C]``, one of each for every row, the adaptive form of DiT (Peebles and Xie 2023), whose scale is ``1 + s``.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.backend import FLOATS
+from fastflow.ops.registry import define, kernel, op
 
 
 class Norm(NamedTuple):
@@ -77,41 +77,9 @@ def check_norm(x: Tensor, norm: Norm | None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ passes
-# On a GPU an op is a row of products, which are cuBLAS's, and of passes over the frames between them, each written in
-# kernels/ and in csrc/cuda.  An op whose name ends with _triton takes the former.
+# On a GPU an op is a row of products, which are cuBLAS's, and of passes over the frames between them, each an op of its
+# own, written in kernels/ and in csrc/cuda.
 CHUNK = 16  # frames whose gradients of scale and shift are summed by one task, as in csrc/linear.h
-
-_OPS: dict[str, torch._ops.OpOverload] = {}
-_LAUNCHERS: dict[str, Callable] = {}
-
-
-def define(name: str, schema: str, fake: Callable, triton: Callable) -> None:
-    """Define the op ``name``, for a CPU implemented in C++, and ``name_triton``, implemented by ``triton``."""
-    for suffix in ("", "_triton"):
-        torch.library.define(f"fastflow::{name}{suffix}", schema)
-        torch.library.register_fake(f"fastflow::{name}{suffix}", fake)
-        _OPS[name + suffix] = getattr(torch.ops.fastflow, name + suffix).default
-    for device in ("cpu", "cuda"):
-        torch.library.impl(f"fastflow::{name}_triton", device, triton)
-
-
-def define_pass(file: str, name: str, schema: str, fake: Callable) -> None:
-    """Define a pass, which kernels/``file``.py launches by a function of the same name."""
-
-    def launch(*args):  # type: ignore[no-untyped-def]
-        return getattr(importlib.import_module(f"fastflow.kernels.{file}"), name)(*args)
-
-    define(name, schema, fake, launch)
-    _LAUNCHERS[name] = launch
-
-
-def op(name: str, backend: str) -> torch._ops.OpOverload:
-    return _OPS[f"{name}_triton" if backend == "triton" else name]
-
-
-def gpu_pass(name: str, backend: str) -> Callable:
-    """A pass to be called inside an op, where Triton's needs no boundary of its own."""
-    return _LAUNCHERS[name] if backend == "triton" else _OPS[name]
 
 
 def sum_type(x: Tensor) -> torch.dtype:
@@ -138,18 +106,18 @@ def _norm_backward_fake(grad, x, stats, scale, shift, grad_residual):  # type: i
     return x.new_empty(x.shape), x.new_empty(x.shape), sums
 
 
-define_pass(
-    "norm",
+define(
     "norm_forward",
     "(Tensor x, Tensor? scale, Tensor? shift, float eps) -> (Tensor, Tensor)",
     _norm_forward_fake,
+    kernel("norm", "norm_forward"),
 )
-define_pass(
-    "norm",
+define(
     "norm_backward",
     "(Tensor grad, Tensor x, Tensor stats, Tensor? scale, Tensor? shift, Tensor? grad_residual) -> "
     "(Tensor, Tensor, Tensor)",
     _norm_backward_fake,
+    kernel("norm", "norm_backward"),
 )
 
 

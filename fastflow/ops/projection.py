@@ -23,17 +23,14 @@ from fastflow.ops.norm import (
     check_like,
     check_norm,
     check_signal,
-    define,
-    define_pass,
     gated,
-    gpu_pass,
     norm_backward,
     norm_ref,
-    op,
     sum_type,
     working,
 )
 from fastflow.ops.packed import packed_weights
+from fastflow.ops.registry import define, gpu_pass, kernel, op
 
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
 
@@ -101,17 +98,17 @@ define(
     functools.partial(on_gpu, "triton"),
 )
 torch.library.impl("fastflow::projection", "cuda", functools.partial(on_gpu, "cuda"))
-define_pass(
-    "projection",
+define(
     "gated_residual",
     "(Tensor y, Tensor residual, Tensor? gate) -> Tensor",
     lambda y, residual, gate: residual.new_empty(y.shape),
+    kernel("projection", "gated_residual"),
 )
-define_pass(
-    "projection",
+define(
     "gate_backward",
     "(Tensor products, Tensor sums, Tensor weight, Tensor? bias, Tensor gate) -> (Tensor, Tensor, Tensor)",
     _gate_backward_fake,
+    kernel("projection", "gate_backward"),
 )
 
 

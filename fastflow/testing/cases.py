@@ -2,6 +2,11 @@
 
 from typing import NamedTuple
 
+import torch
+from torch import Tensor, nn
+
+from fastflow import config
+
 ODD_SIZES = (1, 2, 15, 17, 63, 129, 1000)
 
 
@@ -44,3 +49,22 @@ INTERPOLATE = {
     "3 s prompt + 10 s utterance, 25 Hz": InterpolateCase(1, 80, inference_segments(75, 250, 25)),
     "short utterance without prompt": InterpolateCase(1, 80, inference_segments(0, 40)),
 }
+
+
+def fresh_flow(name: str) -> nn.Module:
+    """The flow of a preset, with the same weights in every call; it seeds torch's generator."""
+    torch.manual_seed(0)
+    return config.from_preset(name)
+
+
+def training_batch(name: str, rows: int = 3, tokens: int = 12) -> dict[str, Tensor]:
+    """A batch for the flow of a preset: each row 3 tokens shorter than the one before, token ids below 200."""
+    token_len = torch.tensor([tokens - 3 * row for row in range(rows)])
+    feat_len = (token_len * 1.7).int() if "token_mel_ratio" not in config.preset(name) else token_len * 2
+    return {
+        "speech_token": torch.randint(1, 200, (rows, tokens)),
+        "speech_token_len": token_len,
+        "speech_feat": torch.randn(rows, int(feat_len[0]), 80),
+        "speech_feat_len": feat_len,
+        "embedding": torch.randn(rows, 192),
+    }
