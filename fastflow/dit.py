@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual
+from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual, split_heads
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.recompute import Block, Recomputing
@@ -158,7 +158,7 @@ class Attention(Recomputing):
     ) -> tuple[Tensor, ...]:
         norm = None if eps is None else Norm(scale, shift, eps)
         qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.heads, -1))
-        return rotate_first_head(qkv, cos, sin).permute(2, 0, 3, 1, 4).unbind()
+        return split_heads(rotate_first_head(qkv, cos, sin))
 
 
 class FeedForward(Recomputing):

@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import attend, feed_forward_residual, plain, project_residual
+from fastflow.layers import attend, feed_forward_residual, plain, project_residual, split_heads
 from fastflow.ops.attention import length_mask, upstream_lengths
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -82,7 +82,7 @@ class RelPositionMultiHeadedAttention(Recomputing):
         norm = None if eps is None else Norm(scale, shift, eps)
         qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.h, self.d_k))
         position = F.linear(pos_emb, pos_weight)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
-        return *qkv.permute(2, 0, 3, 1, 4), position, bias_u.to(qkv.dtype), bias_v.to(qkv.dtype)
+        return *split_heads(qkv), position, bias_u.to(qkv.dtype), bias_v.to(qkv.dtype)
 
 
 class PositionwiseFeedForward(nn.Module):

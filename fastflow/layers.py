@@ -44,6 +44,11 @@ def project_residual(
     return x + (y if gate is None else gate[:, None] * y)
 
 
+def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    """``[B, T, 3, H, D]`` -> q, k and v ``[B, H, T, D]`` as views, whose gradients become that of qkv in one copy."""
+    return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
+
+
 def attend(heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, keep_heads: bool, **options: Any) -> Tensor:
     """Attention of ``heads(*tensors)``, (q, k, v) or (q, k, v, position, bias_u, bias_v), with the heads side by side.
 

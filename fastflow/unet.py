@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual
+from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual, split_heads
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -131,7 +131,7 @@ class Attention(Recomputing):
 
     def _heads(self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         qkv = projection(x, weights, [None] * 3, norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
-        return qkv.permute(2, 0, 3, 1, 4).unbind()
+        return split_heads(qkv)
 
 
 class GELU(nn.Module):

@@ -248,19 +248,16 @@ class AttentionFunction(torch.autograd.Function):
     """``tensors`` is (q, k, v) or (q, k, v, position, bias_u, bias_v); ``rule`` the numbers of the schema."""
 
     @staticmethod
-    def forward(backend, rule, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, backend, rule, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
         name = "attention" if len(tensors) == 3 else "relative_attention"
-        return op(name, backend)(*tensors, lengths, *rule, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        ctx.backend, ctx.rule, lengths, seed, *tensors = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(lengths, seed, *output, *tensors)
+        out, lse = op(name, backend)(*tensors, lengths, *rule, seed)
+        ctx.backend, ctx.rule = backend, rule
+        ctx.save_for_backward(lengths, seed, out, lse, *tensors)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         lengths, seed, out, lse, *tensors = ctx.saved_tensors
         name = "attention_backward" if len(tensors) == 3 else "relative_attention_backward"
         grads = op(name, ctx.backend)(grad, out, lse, *tensors, lengths, *ctx.rule, seed)
@@ -412,7 +409,7 @@ def attention(
     rule, seed = options.rule(q)
     tensors = (q, k, v) if rel_pos is None else (q, k, v, *rel_pos)
     if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)[0]
+        return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)
     return op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]
 
 

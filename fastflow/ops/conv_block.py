@@ -201,18 +201,18 @@ class ConvBlockFunction(torch.autograd.Function):
     """``rule`` holds the numbers of the schema, ``keep`` says whether y and its statistics are kept."""
 
     @staticmethod
-    def forward(x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep, backend):  # type: ignore
-        return op("conv_block", backend)(x, weight, bias, norm_weight, norm_bias, lengths, time_bias, *rule, keep)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, _, lengths, ctx.rule, ctx.keep, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:], *tensors, lengths)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, weight, bias, norm_weight, norm_bias, time_bias, lengths, rule, keep, backend
+    ):
+        given = (x, weight, bias, norm_weight, norm_bias, lengths)
+        out, *products = op("conv_block", backend)(*given, time_bias, *rule, keep)
+        ctx.rule, ctx.keep, ctx.backend = rule, keep, backend
+        ctx.save_for_backward(*products, *given)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         wanted = sum(needed << n for n, needed in enumerate(ctx.needs_input_grad[:6]))
         *products, x, weight, bias, norm_weight, norm_bias, lengths = ctx.saved_tensors
         given = (x, weight, bias, norm_weight, norm_bias, lengths)
@@ -316,5 +316,5 @@ def conv_block(
     lengths = None if lengths is None else lengths.long().contiguous()
     rule = (groups, causal, padding == "exact" and lengths is not None, eps)
     if records:
-        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)[0]
+        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)
     return op("conv_block", chosen)(*given, lengths, time_bias, *rule, False)[0]

@@ -117,19 +117,20 @@ define(
 
 class FeedForwardFunction(torch.autograd.Function):
     @staticmethod
-    def forward(x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden, backend):  # type: ignore
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x, w1, b1, w2, b2, scale, shift, gate, activation, eps, residual, keep_hidden, backend
+    ):
+        given = (x, w1, b1, w2, b2)
         forward = op("feed_forward", backend)
-        return forward(x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, keep_hidden)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        *tensors, ctx.activation, ctx.eps, ctx.residual, ctx.keep_hidden, ctx.backend = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:], *tensors)
+        out, *saved = forward(*given, activation, scale, shift, eps, gate, residual, keep_hidden)
+        ctx.activation, ctx.eps, ctx.residual = activation, eps, residual
+        ctx.keep_hidden, ctx.backend = keep_hidden, backend
+        ctx.save_for_backward(*saved, *given, scale, shift, gate)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, *_):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
         needs, backend = ctx.needs_input_grad, ctx.backend
@@ -259,7 +260,7 @@ def feed_forward(
         return feed_forward_ref(x, w1, b1, w2, b2, **rule)
     number = _NUMBERS[activation]
     if records:
-        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)[0]
+        return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)
     packed = (packed_weights(x, [w1], [b1]), packed_weights(x, [w2], [b2])) if chosen == "cpu" else ()
     run = op("feed_forward", chosen)
     return run(x, w1, b1, w2, b2, number, scale, shift, eps, gate, residual, False, *packed)[0]

@@ -56,15 +56,10 @@ class InterpolateFunction(torch.autograd.Function):
     """Saves no activation: the backward pass needs the segments only."""
 
     @staticmethod
-    def forward(x, rows, shared, frames, channels_first, backend):  # type: ignore[no-untyped-def]
-        return op("interpolate", backend)(x, rows, shared, frames, channels_first)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, rows, shared, _, channels_first, backend = inputs
+    def forward(ctx, x, rows, shared, frames, channels_first, backend):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows)
-        ctx.rest = shared, x.shape[1], channels_first
-        ctx.backend = backend
+        ctx.rest, ctx.backend = (shared, x.shape[1], channels_first), backend
+        return op("interpolate", backend)(x, rows, shared, frames, channels_first)
 
     @staticmethod
     @once_differentiable

@@ -122,9 +122,9 @@ define(
 
 
 # ------------------------------------------------------------------------------------------------ backward
-def sum_frames(x: Tensor, like: Tensor) -> Tensor:
-    """Per-row sums ``[B, C]`` -> the gradient of ``like``, which is ``[B, C]`` or ``[C]``."""
-    return (x if like.dim() == 2 else x.sum(0)).to(like.dtype)
+def sum_like(x: Tensor, like: Tensor | None) -> Tensor | None:
+    """Partial sums ``[B, n, C]`` -> the gradient of ``like``, which is ``[B, C]``, ``[C]`` or None."""
+    return None if like is None else x.sum(1 if like.dim() == 2 else (0, 1)).to(like.dtype)
 
 
 class NormBackward(NamedTuple):
@@ -159,6 +159,4 @@ def norm_backward(
     beside = None if grad_residual is None else grad_residual.contiguous()
     backward = op("norm_backward", backend)
     grad_x, normalised, sums = backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
-    sums = sums.sum(1)
-    grad_scale, grad_shift = (None if p is None else sum_frames(sums[:, n], p) for n, p in enumerate((scale, shift)))
-    return NormBackward(grad_x, normalised, grad_scale, grad_shift)
+    return NormBackward(grad_x, normalised, *(sum_like(sums[:, :, n], p) for n, p in enumerate((scale, shift))))

@@ -127,7 +127,7 @@ def product(
 
 class WeightGradients(NamedTuple):
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     gate: Tensor | None
 
 
@@ -138,11 +138,12 @@ def weight_gradients(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
+    wants_bias: bool = True,
 ) -> WeightGradients:
     """Of ``gate[:, None] * (x @ weight.T + bias)``, without a gate where it is None, which needs no weight either."""
     if gate is None:
         grad = grad.flatten(0, 1)
-        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0), None)
+        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0) if wants_bias else None, None)
     assert weight is not None
     products, sums = grad.transpose(1, 2) @ x, grad.sum(1, dtype=sum_type(grad))
     if backend != "cpu":
@@ -163,19 +164,16 @@ class ProjectionFunction(torch.autograd.Function):
     """``tensors``: ``count`` weights, then their biases."""
 
     @staticmethod
-    def forward(x, scale, shift, eps, residual, gate, backend, count, *tensors):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, scale, shift, eps, residual, gate, backend, count, *tensors):  # type: ignore[no-untyped-def]
         weights, biases = tensors[:count], tensors[count:]
-        return op("projection", backend)(x, weights, biases, scale, shift, eps, residual, gate)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        x, scale, shift, ctx.eps, _, gate, ctx.backend, ctx.count, *tensors = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, output[1], scale, shift, gate, *tensors)
+        out, stats = op("projection", backend)(x, weights, biases, scale, shift, eps, residual, gate)
+        ctx.eps, ctx.backend, ctx.count = eps, backend, count
+        ctx.save_for_backward(x, stats, scale, shift, gate, *tensors)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, _):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, stats, scale, shift, gate, *tensors = ctx.saved_tensors
         weights, biases = tensors[: ctx.count], tensors[ctx.count :]
         needs, backend = ctx.needs_input_grad, ctx.backend
@@ -197,9 +195,11 @@ class ProjectionFunction(torch.autograd.Function):
                 sizes = [w.shape[0] for w in weights]
                 bias = None if gate is None else _joined_biases(biases, weights)
                 bias = None if bias is None else working(bias, backend)
-                found = weight_gradients(grad, normalised, backend, weight, bias, factors)
-                grads = [*found.weight.split(sizes), *found.bias.split(sizes)]
-                grads = [to_input(g, t) for g, t in zip(grads, tensors, strict=True)]
+                found = weight_gradients(
+                    grad, normalised, backend, weight, bias, factors, wants_bias=any(needs[8 + ctx.count :])
+                )
+                of_biases = [None] * ctx.count if found.bias is None else found.bias.split(sizes)
+                grads = [to_input(g, t) for g, t in zip((*found.weight.split(sizes), *of_biases), tensors, strict=True)]
                 grad_gate = to_input(found.gate, gate)
         grad_residual = grad_out if needs[4] else None
         return to_input(grad_x, x), grad_scale, grad_shift, None, grad_residual, grad_gate, None, None, *grads
@@ -291,6 +291,6 @@ def projection(
     given = (x, scale, shift, residual, gate, *weights, *biases)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         function = ProjectionFunction.apply
-        return function(x, scale, shift, eps, residual, gate, chosen, len(weights), *weights, *biases)[0]
+        return function(x, scale, shift, eps, residual, gate, chosen, len(weights), *weights, *biases)
     packed = packed_weights(x, weights, biases) if chosen == "cpu" else None
     return op("projection", chosen)(x, weights, biases, scale, shift, eps, residual, gate, packed)[0]
