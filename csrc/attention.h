@@ -1,7 +1,7 @@
 // attention: arguments and the mask rule.  The maths is in fastflow/ops/attention.py.
 #pragma once
 
-#include "common.h"
+#include "dropout.h"
 
 namespace fastflow {
 
@@ -29,10 +29,8 @@ struct AttentionArgs {
   bool padded_queries;
   double scale;
 
-  bool dropout;
-  uint64_t seed;
-  uint32_t dropout_threshold;
-  double dropout_scale;  // of the probabilities that are kept
+  bool drops;
+  Dropout dropout;  // of the probabilities, if it drops any
 
   int64_t query_chunks;  // forward: tasks of each row and head
 

@@ -19,6 +19,7 @@
 #include "build_info.h"
 #include "conv_block.h"
 #include "cpu/kernels.h"
+#include "dropout.h"
 #include "euler_step.h"
 #include "interpolate.h"
 #include "linear.h"
@@ -214,13 +215,24 @@ struct Relative {
   Tensor position, bias_u, bias_v;
 };
 
+void check_dropout(const char* name, double p) {
+  STD_TORCH_CHECK(p >= 0 && p < 1, name, " must lie in [0, 1), got ", p);
+}
+
+Dropout dropout_of(double p, const Tensor& seed) {
+  STD_TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed must be one int64 on the CPU");
+  const uint64_t value = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data_ptr()));
+  return {value, static_cast<uint32_t>(std::fmin(std::nearbyint(p * 0x1p32), 0xFFFFFFFFp0)), 1 / (1 - p)};
+}
+
 void set_rule(const Rule& rule, AttentionArgs& args) {
   constexpr int64_t kFar = int64_t{1} << 60;  // positions and their sums do not overflow
   STD_TORCH_CHECK(rule.chunk_size >= 0, "chunk_size must be >= 0, got ", rule.chunk_size);
   STD_TORCH_CHECK(rule.num_left_chunks < 0 || rule.chunk_size > 0, "num_left_chunks needs a chunk_size > 0");
   STD_TORCH_CHECK(rule.key_offset >= 0 && rule.key_offset < kFar, "key_offset must be >= 0 and below 2**60, got ",
                   rule.key_offset);
-  STD_TORCH_CHECK(rule.dropout_p >= 0 && rule.dropout_p < 1, "dropout_p must lie in [0, 1), got ", rule.dropout_p);
+  check_dropout("dropout_p", rule.dropout_p);
   if (rule.lengths) {
     const ScalarType dtype = rule.lengths->scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Int || dtype == ScalarType::Long, "lengths must be int32 or int64");
@@ -234,14 +246,10 @@ void set_rule(const Rule& rule, AttentionArgs& args) {
   args.key_offset = rule.key_offset;
   args.padded_queries = rule.padded_queries;
   args.scale = rule.scale;
-  args.dropout = rule.dropout_p > 0;
-  if (!args.dropout) return;
+  args.drops = rule.dropout_p > 0;
+  if (!args.drops) return;
   STD_TORCH_CHECK(rule.seed, "dropout needs a seed");
-  STD_TORCH_CHECK(rule.seed->is_cpu() && rule.seed->scalar_type() == ScalarType::Long && rule.seed->numel() == 1,
-                  "seed must be one int64 on the CPU");
-  args.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(rule.seed->data_ptr()));
-  args.dropout_threshold = static_cast<uint32_t>(std::fmin(std::nearbyint(rule.dropout_p * 0x1p32), 0xFFFFFFFFp0));
-  args.dropout_scale = 1 / (1 - rule.dropout_p);
+  args.dropout = dropout_of(rule.dropout_p, *rule.seed);
 }
 
 AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Relative>& relative,
@@ -805,6 +813,20 @@ std::tuple<Tensor, Tensor> euler_step_cpu(const Tensor& x, const Tensor& velocit
   return {op.after, op.doubled};
 }
 
+// ------------------------------------------------------------------------------------------------ dropout
+Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
+  STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
+  check_dropout("p", p);
+  const Tensor dense = torch::stable::contiguous(x);
+  Tensor out = torch::stable::empty_like(dense);
+  const DropoutArgs args = {dropout_of(p, seed), x.numel(), dense.data_ptr(), out.data_ptr()};
+  const Dtype dtype = dtype_of(x);
+  const auto run = cpu::kernels().dropout;
+  torch::stable::parallel_for(0, ceil_div(args.count, kDropoutGroup), ceil_div(kGrain, kDropoutGroup),
+                              [&](int64_t begin, int64_t end) { run(args, dtype, begin, end); });
+  return out;
+}
+
 #ifdef FASTFLOW_CUDA
 
 // torch's current stream.  The function is looked up when first needed: a module linked to libtorch_cuda would not load
@@ -1123,6 +1145,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
   m.impl("euler_step", TORCH_BOX(&euler_step_cpu));
+  m.impl("dropout", TORCH_BOX(&dropout_cpu));
 }
 
 #ifdef FASTFLOW_CUDA

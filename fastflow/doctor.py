@@ -23,6 +23,8 @@ from fastflow.ops import (
     attention_ref,
     conv_block,
     conv_block_ref,
+    dropout,
+    dropout_ref,
     euler_step,
     euler_step_ref,
     feed_forward,
@@ -34,6 +36,7 @@ from fastflow.ops import (
 )
 from fastflow.ops.attention import DTYPES as ATTENTION_DTYPES
 from fastflow.ops.conv_block import DTYPES as CONV_BLOCK_DTYPES
+from fastflow.ops.dropout import DTYPES as DROPOUT_DTYPES
 from fastflow.ops.euler_step import DTYPES as EULER_STEP_DTYPES
 from fastflow.ops.feed_forward import DTYPES as FEED_FORWARD_DTYPES
 from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
@@ -189,6 +192,12 @@ def _test_euler_step(backend: str, device: str) -> None:
         assert_parity(got, eager, truth, case=f"euler_step {str(dtype).removeprefix('torch.')}", sums=(2,))
 
 
+def _test_dropout(backend: str, device: str) -> None:
+    seed = torch.tensor([7], device=device)
+    run = functools.partial(dropout, p=0.3, seed=seed, backend=backend)
+    _check(run, functools.partial(dropout_ref, p=0.3, seed=seed), _randn(device, x=(2, 19, 24)), "dropout", sums=())
+
+
 class Op(NamedTuple):
     """The dtypes of an op's kernels by backend, and its self-test on a backend and a device."""
 
@@ -203,6 +212,7 @@ OPS = {
     "feed_forward": Op(FEED_FORWARD_DTYPES, _test_feed_forward),
     "conv_block": Op(CONV_BLOCK_DTYPES, _test_conv_block),
     "euler_step": Op(EULER_STEP_DTYPES, _test_euler_step),
+    "dropout": Op(DROPOUT_DTYPES, _test_dropout),
 }
 
 

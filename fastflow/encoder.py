@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import attend, feed_forward_residual, plain, project_residual, split_heads
+from fastflow.layers import attend, drop, feed_forward_residual, plain, project_residual, split_heads
 from fastflow.ops.attention import length_mask, upstream_lengths
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -138,9 +138,10 @@ class LinearEmbed(nn.Module):
         self.dropout = nn.Dropout(positional_dropout_rate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.out(x)
-        scaled = self.dropout(x * math.sqrt(x.shape[-1]))
-        return scaled, self.dropout(relative_positions(x.shape[1], x.shape[2], x))
+        linear, norm, dropout = self.out
+        x = drop(norm(linear(x)), dropout)
+        scaled = drop(x * math.sqrt(x.shape[-1]), self.dropout)
+        return scaled, drop(relative_positions(x.shape[1], x.shape[2], x), self.dropout)
 
 
 # What the published configurations choose; nothing else exists here.

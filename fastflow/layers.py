@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from fastflow.ops.attention import RelativePosition, attention, restored_attention
+from fastflow.ops.dropout import dropout
 from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -33,14 +34,19 @@ def active(dropout: nn.Module | None) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
+def drop(x: Tensor, layer: nn.Module | None) -> Tensor:
+    """What a dropout layer makes of x; x itself without one."""
+    return dropout(x, layer.p) if isinstance(layer, nn.Dropout) and active(layer) else x
+
+
 def project_residual(
-    x: Tensor, y: Tensor, linear: nn.Linear, dropout: nn.Module | None, gate: Tensor | None = None
+    x: Tensor, y: Tensor, linear: nn.Linear, last: nn.Module | None, gate: Tensor | None = None
 ) -> Tensor:
-    """``x + gate * dropout(linear(y))``, with a gate ``[B, C]`` or without."""
-    if dropout is None or not active(dropout):
-        plain(linear)
+    """``x + gate * last(linear(y))``, with a gate ``[B, C]`` or without, and a dropout or None last."""
+    plain(linear)
+    if not active(last):
         return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
-    y = dropout(linear(y))
+    y = drop(projection(y, [linear.weight], [linear.bias]), last)
     return x + (y if gate is None else gate[:, None] * y)
 
 
@@ -83,7 +89,7 @@ def feed_forward_residual(
         return feed_forward(x, *parameters, activation=activation, norm=norm, gate=gate, keep_hidden=keep_hidden)
 
     def dropped(x: Tensor) -> Tensor:
-        h = first(ACTIVATIONS[activation](projection(x, [inner.weight], [inner.bias], norm=norm)))
+        h = drop(ACTIVATIONS[activation](projection(x, [inner.weight], [inner.bias], norm=norm)), first)
         return project_residual(x, h, outer, last, gate)
 
     if keep_hidden or not records(inner, x):

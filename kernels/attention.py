@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.ops.attention import dropout_threshold
+from fastflow.ops.dropout import dropout_threshold
 
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops import RelativePosition, attention, attention_ref
-from fastflow.ops.attention import DTYPES, dropout_mask, visible_keys
+from fastflow.ops.attention import DTYPES, visible_keys
+from fastflow.ops.dropout import dropout_mask
 from fastflow.testing import poison
 from fastflow.testing.tolerances import assert_parity
 
@@ -303,37 +304,6 @@ def test_nothing_to_do(batch, queries, keys, relative, backend, device):
 
 
 # ------------------------------------------------------------------------------------------------ dropout
-def test_dropout_is_philox():
-    """Known answer of Random123 for philox4x32 with 7 rounds, counter 0 and key 0."""
-    for word, value in enumerate([0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]):
-        kept = dropout_mask(torch.tensor([0]), 1, 1, 1, 4, value / 2**32)
-        dropped = dropout_mask(torch.tensor([0]), 1, 1, 1, 4, (value + 1) / 2**32)
-        assert kept[0, 0, 0, word]
-        assert not dropped[0, 0, 0, word]
-
-
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5, 0.99])
-def test_dropout_keeps_its_share(dropout_p):
-    mask = dropout_mask(torch.tensor([SEED]), 3, 2, 70, 90, dropout_p)
-    sigma = math.sqrt(dropout_p * (1 - dropout_p))
-    for dims in ((), (0,), (1,), (2,), (3,)):
-        rest = [d for d in range(4) if d not in dims]
-        share = mask.double().mean(rest)
-        count = mask.numel() / share.numel()
-        assert (share - (1 - dropout_p)).abs().max() <= 5 * sigma / math.sqrt(count)
-
-
-def test_dropout_differs_everywhere_and_by_seed():
-    masks = [dropout_mask(torch.tensor([seed]), 2, 2, 3, 64, 0.5) for seed in (0, 1, 1 << 32, -1)]
-    rows = torch.cat([mask.flatten(0, 2) for mask in masks])
-    assert len(rows.unique(dim=0)) == len(rows)
-
-
-def test_dropout_does_not_depend_on_the_size():
-    small = dropout_mask(torch.tensor([SEED]), 1, 2, 5, 6, 0.3)
-    assert torch.equal(dropout_mask(torch.tensor([SEED]), 3, 2, 9, 33, 0.3)[:1, :, :5, :6], small)
-
-
 @relative_or_not
 def test_every_backend_drops_the_same(relative, backend, device):
     """With v = 1 the output shows which probabilities were kept; with the gradient 1 so does that of v."""

@@ -323,9 +323,9 @@ void update_softmax(const AttentionArgs& args, int64_t b, int64_t h, const Span&
     const Real anchor = memory.largest[r] > kNone ? memory.largest[r] : 0;
     Real* totals = memory.totals + r * kLanes<Real>;
     store(totals, exponentiate(row, span.columns, anchor, load(totals) * memory.rescale[r]));
-    if (args.dropout) {
+    if (args.drops) {
       Real factors[kKeys];
-      dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
+      dropout_factors<kKeys>(args.dropout, b * args.heads + h, span.query + r, span.key, span.columns, factors);
       multiply_by(factors, span.columns, row);
     }
     Real* sums = memory.sums.row(r);
@@ -456,13 +456,13 @@ void differentiate(const AttentionArgs& args, int64_t b, int64_t h, const Span& 
   for (int64_t r = 0; r < span.rows; ++r) {
     Real *scores = memory.scores.row(r), *probabilities = memory.probabilities.row(r);
     Real factors[kKeys];
-    if (args.dropout) {
-      dropout_factors<kKeys>(args, b * args.heads + h, span.query + r, span.key, span.columns, factors);
+    if (args.drops) {
+      dropout_factors<kKeys>(args.dropout, b * args.heads + h, span.query + r, span.key, span.columns, factors);
       multiply_by(factors, span.columns, probabilities);
     }
     differentiate_row(visible_columns(args, length, span, r), span.columns, memory.lse[span.query + r],
                       memory.delta[span.query + r], scores, probabilities);
-    if (args.dropout) multiply_by(factors, span.columns, probabilities);
+    if (args.drops) multiply_by(factors, span.columns, probabilities);
     if (args.relative)
       for (int64_t n = 0; n < kRows; ++n) scores[n - kRows] = scores[span.columns + n] = 0;
   }

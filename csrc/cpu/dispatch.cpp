@@ -29,7 +29,8 @@ namespace {
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
    &capability::conv_block_run,         \
-   &capability::euler_step}
+   &capability::euler_step,             \
+   &capability::dropout}
 
 const std::vector<Kernels>& supported_tables() {
   static const std::vector<Kernels> tables = [] {

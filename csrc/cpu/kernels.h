@@ -8,6 +8,7 @@
 
 #include "../attention.h"
 #include "../conv_block.h"
+#include "../dropout.h"
 #include "../euler_step.h"
 #include "../interpolate.h"
 #include "../linear.h"
@@ -38,6 +39,7 @@ namespace fastflow::cpu {
   void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,            \
                       std::atomic<int64_t>& next);                                                              \
   void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, int64_t begin, int64_t end);              \
+  void dropout(const DropoutArgs& args, Dtype dtype, int64_t begin, int64_t end);                               \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -77,6 +79,8 @@ struct Kernels {
   decltype(&baseline::conv_block_run) conv_block_run;
   // Frames [begin, end), one row after the other.  The dtypes: equal, or float32 and one of 16 bits.
   decltype(&baseline::euler_step) euler_step;
+  // Groups [begin, end) of kDropoutGroup numbers.
+  decltype(&baseline::dropout) dropout;
 };
 
 // The table in force: the best that this CPU runs, unless FASTFLOW_CPU_CAPABILITY or select_capability names another.

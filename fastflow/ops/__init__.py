@@ -2,6 +2,7 @@
 
 from fastflow.ops.attention import RelativePosition, attention, attention_ref
 from fastflow.ops.conv_block import conv_block, conv_block_ref
+from fastflow.ops.dropout import dropout, dropout_ref
 from fastflow.ops.euler_step import euler_step, euler_step_ref
 from fastflow.ops.feed_forward import feed_forward, feed_forward_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
@@ -15,6 +16,8 @@ __all__ = [
     "attention_ref",
     "conv_block",
     "conv_block_ref",
+    "dropout",
+    "dropout_ref",
     "euler_step",
     "euler_step_ref",
     "feed_forward",

@@ -30,11 +30,11 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
+from fastflow.ops.dropout import draw_seed, dropout_mask
 from fastflow.ops.registry import define, kernel, op
 
 HEAD_DIMS = range(8, 257, 8)
 DTYPES = {"triton": _backend.FLOATS - {torch.float64}, "cpu": _backend.FLOATS}
-PHILOX_ROUNDS = 7
 
 
 class RelativePosition(NamedTuple):
@@ -62,7 +62,7 @@ class _Options(NamedTuple):
         scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         seed = self.seed
         if self.dropout_p and seed is None:
-            seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=q.device)
+            seed = draw_seed(q.device)
         numbers = self.chunk_size, self.num_left_chunks, self.key_offset, self.padded_queries, scale, self.dropout_p
         return numbers, seed if self.dropout_p else None
 
@@ -103,41 +103,6 @@ def visible_keys(
         if num_left_chunks >= 0:
             visible = visible & (j >= (chunk - num_left_chunks) * chunk_size)
     return visible
-
-
-def dropout_mask(seed: Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float) -> Tensor:
-    """Which probabilities are kept, ``[B, H, Tq, Tk]`` bool; every backend uses this function of place and seed.
-
-    Philox4x32 (Salmon et al., SC 2011) with 7 rounds, key ``seed`` (64 bits, low word first) and counter
-    ``(j // 4, i, b * H + h, 0)``; word ``j % 4`` of the result, an unsigned integer, keeps the probability if it is at
-    least ``round(dropout_p * 2**32)``.
-    """
-    word = 0xFFFFFFFF
-    device = seed.device
-    grids = (torch.arange(-(-keys // 4)), torch.arange(queries), torch.arange(batch * heads))
-    c0, c1, c2 = (grid.to(device) for grid in grids)
-    shape = (batch * heads, queries, c0.numel())
-    c0, c1, c2 = c0.expand(shape), c1[:, None].expand(shape), c2[:, None, None].expand(shape)
-    c3 = torch.zeros_like(c0)
-    k0, k1 = seed.view(-1)[0] & word, (seed.view(-1)[0] >> 32) & word
-    for _ in range(PHILOX_ROUNDS):
-        (high0, low0), (high2, low2) = _multiply(c0, 0xD2511F53), _multiply(c2, 0xCD9E8D57)
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
-    words = torch.stack([c0, c1, c2, c3], -1).flatten(-2)[..., :keys]
-    return (words >= dropout_threshold(dropout_p)).view(batch, heads, queries, keys)
-
-
-def dropout_threshold(dropout_p: float) -> int:
-    """Words below it drop; at most 2**32 - 1."""
-    return min(round(dropout_p * 2**32), 2**32 - 1)
-
-
-def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a product of 32-bit words held in int64 (whose product would overflow)."""
-    low = (x & 0xFFFF) * factor
-    high = (x >> 16) * factor + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 # ------------------------------------------------------------------------------------------------ reference

@@ -44,6 +44,7 @@ class Ceiling(NamedTuple):
 CEILINGS = {
     "interpolate_forward_kernel": Ceiling(registers=144, shared=16 * KIB),
     "interpolate_backward_kernel": Ceiling(registers=248, shared=16 * KIB),
+    "dropout_kernel": Ceiling(registers=48, shared=4 * KIB),
     "euler_step_kernel": Ceiling(registers=40, shared=0),
     "attention_forward_kernel": Ceiling(registers=240, shared=96 * KIB),
     "attention_backward_q_kernel": Ceiling(registers=255, shared=80 * KIB),
@@ -206,6 +207,16 @@ def launch_conv_block() -> Iterator[str]:
         yield f"{only}{dtype} {f'{groups} groups' if groups else 'LayerNorm'}"
 
 
+def launch_dropout() -> Iterator[str]:
+    """Launch the kernel of dropout, of even and of odd size."""
+    from fastflow.kernels.dropout import dropout
+
+    for dtype in sorted(FLOATS, key=str):
+        for size in (512 * 2048, 511 * 33):
+            dropout(_empty(size, dtype=dtype), 0.1, _empty(1, dtype=torch.int64))
+            yield f"{dtype} {size}"
+
+
 def launch_euler_step() -> Iterator[str]:
     """Launch the kernel of euler_step for every pair of dtypes."""
     from fastflow.kernels.euler_step import euler_step
@@ -226,6 +237,7 @@ LAUNCHES: dict[str, Callable[[], Iterator[str]]] = {  # by file in kernels/
     "projection": launch_projection,
     "feed_forward": launch_feed_forward,
     "conv_block": launch_conv_block,
+    "dropout": launch_dropout,
     "euler_step": launch_euler_step,
 }
 
