@@ -194,11 +194,11 @@ def _check(
         raise ValueError(f"with a residual, w2 must have shape {[channels, hidden]}, got {list(w2.shape)}")
     if gate is not None and not residual:
         raise ValueError("gate needs residual=True")
-    shapes = {
-        "w1": (hidden, channels), "b1": (hidden,), "w2": tuple(w2.shape), "b2": (w2.shape[0],),
-        "gate": (batch, channels),
-    }  # fmt: skip
-    check_like(x, {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "gate": gate}, shapes)
+    check_like(x, "w1", w1, hidden, channels)
+    check_like(x, "b1", b1, hidden)
+    check_like(x, "w2", w2, *w2.shape)
+    check_like(x, "b2", b2, w2.shape[0])
+    check_like(x, "gate", gate, batch, channels)
     check_norm(x, norm)
 
 

@@ -4,7 +4,6 @@
 ``[B, C]``, one of each for every row, the adaptive form of DiT (Peebles and Xie 2023), whose scale is ``1 + s``.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,15 +49,14 @@ def check_signal(x: Tensor) -> None:
         raise ValueError(f"x must have shape [B, T, C] with C > 0 and a floating dtype, got {list(x.shape)} {x.dtype}")
 
 
-def check_like(x: Tensor, tensors: Mapping[str, Tensor | None], shapes: Mapping[str, tuple]) -> None:
-    """Every tensor that is given has its shape, and the dtype and the device of x."""
-    for name, t in tensors.items():
-        if t is None:
-            continue
-        if tuple(t.shape) != tuple(shapes[name]):
-            raise ValueError(f"{name} must have shape {list(shapes[name])}, got {list(t.shape)}")
-        if t.dtype != x.dtype or t.device != x.device:
-            raise ValueError(f"{name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}")
+def check_like(x: Tensor, name: str, t: Tensor | None, *shape: int) -> None:
+    """A tensor that is given has its shape, and the dtype and the device of x."""
+    if t is None:
+        return
+    if t.shape != shape:
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+    if t.dtype != x.dtype or t.device != x.device:
+        raise ValueError(f"{name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}")
 
 
 def check_norm(x: Tensor, norm: Norm | None) -> None:
@@ -67,11 +65,11 @@ def check_norm(x: Tensor, norm: Norm | None) -> None:
     batch, _, channels = x.shape
     for name, p in (("norm.scale", norm.scale), ("norm.shift", norm.shift)):
         if p is not None and p.dim() == 1:
-            check_like(x, {name: p}, {name: (channels,)})
-        elif p is not None and tuple(p.shape) != (batch, channels):
+            check_like(x, name, p, channels)
+        elif p is not None and p.shape != (batch, channels):
             raise ValueError(f"{name} must have shape [{channels}] or {[batch, channels]}, got {list(p.shape)}")
         else:
-            check_like(x, {name: p}, {name: (batch, channels)})
+            check_like(x, name, p, batch, channels)
     if not norm.eps >= 0:
         raise ValueError(f"norm.eps must be >= 0, got {norm.eps}")
 

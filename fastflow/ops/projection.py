@@ -236,15 +236,14 @@ def _check(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.dim() != 2 or weight.shape[1] != channels:
             raise ValueError(f"weights[{i}] must have shape [N, {channels}], got {list(weight.shape)}")
-        rows = weight.shape[0]
-        check_like(x, {f"weights[{i}]": weight}, {f"weights[{i}]": (rows, channels)})
-        check_like(x, {f"biases[{i}]": bias}, {f"biases[{i}]": (rows,)})
+        check_like(x, f"weights[{i}]", weight, weight.shape[0], channels)
+        check_like(x, f"biases[{i}]", bias, weight.shape[0])
     check_norm(x, norm)
     width = sum(weight.shape[0] for weight in weights)
     if gate is not None and residual is None:
         raise ValueError("gate needs a residual")
-    shapes = {"residual": (batch, frames, width), "gate": (batch, width)}
-    check_like(x, {"residual": residual, "gate": gate}, shapes)
+    check_like(x, "residual", residual, batch, frames, width)
+    check_like(x, "gate", gate, batch, width)
 
 
 def projection(
