@@ -3,8 +3,10 @@
 All runs of a version start from the same weights and see the same batches, the same optimizer and, seeded alike at
 every step, the same random numbers in upstream's order.  There is no dropout, whose draws are each one's own.  What
 differs is rounding, so in float32 the curves lie on each other, and under bfloat16 autocast they leave the float32
-curve by what bfloat16 itself costs.  The time is drawn in float32 there too, where training may draw it in bfloat16: it
-would be another time, and that alone would move the curve further than all rounding.  Writes ``training-parity-<date>.json`` and a picture beside the other results.
+curve by what bfloat16 itself costs.  The time is drawn in float32 there too, where training may draw it in bfloat16:
+it would be another time, and that alone would move the curve further than all rounding.
+
+Writes ``training-parity-<date>.json`` and a picture beside the other results.
 """
 
 import argparse
