@@ -120,19 +120,23 @@ def rms(got: Curve, want: Curve) -> float:
     return math.sqrt(sum(((a - b) / b) ** 2 for a, b in zip(got, want, strict=True)) / len(want))
 
 
-def curves_of(version: str, steps: int, providers: Sequence[str]) -> dict[str, Curve]:
+def curves_of(
+    version: str, steps: int, providers: Sequence[str], precisions: Sequence[str] = tuple(PRECISIONS)
+) -> dict[str, Curve]:
     """``{"<provider> <precision>": losses}``, all from the same weights."""
     with_upstream = "cosyvoice" in providers
     spec = spec_of(version, upstreams_width=with_upstream)
     theirs = upstream.build(spec) if with_upstream else None
     seed(0)
     flow, batches, curves = config.build(spec), batches_of(spec), {}
-    for precision, dtype in PRECISIONS.items():
+    for precision in precisions:
         for provider in providers:
             start = copy.deepcopy(theirs if provider == "cosyvoice" else flow)
             start.load_state_dict(flow.state_dict())
             backend = "auto" if provider == "auto" else "reference"
-            curves[f"{provider} {precision}"] = curve(start, batches, steps, backend=backend, dtype=dtype)
+            curves[f"{provider} {precision}"] = curve(
+                start, batches, steps, backend=backend, dtype=PRECISIONS[precision]
+            )
     return curves
 
 
