@@ -165,6 +165,10 @@ class ConditionalCFM(Recomputing):
         cfm_params: ``t_scheduler``, ``training_cfg_rate``, ``inference_cfg_rate`` and ``sigma_min`` as a dict, a
             namespace or an omegaconf DictConfig.
         estimator: called with (x, mask, mu, t, spks, cond, streaming=...).
+        cosine_t: draw the times of training as upstream did until 2026-01-19, ``t = 1 - cos(u * pi / 2)`` with u
+            uniform, which puts two thirds of them below 1/2; the models released before then come from that time.
+            By default t is uniform as upstream's is now, whatever ``t_scheduler``.  Also an attribute:
+            ``flow.decoder.cosine_t = True``.
 
     Set ``cuda_graphs`` to False, or the environment variable FASTFLOW_CUDA_GRAPHS to 0 before the start, and inference
     on a GPU makes no CUDA graphs (:mod:`fastflow.graphs`).
@@ -179,6 +183,8 @@ class ConditionalCFM(Recomputing):
         n_spks: int = 1,
         spk_emb_dim: int = 64,
         estimator: nn.Module | None = None,
+        *,
+        cosine_t: bool = False,
     ) -> None:
         super().__init__()
         params = _params(cfm_params)
@@ -186,6 +192,7 @@ class ConditionalCFM(Recomputing):
         self.training_cfg_rate = params["training_cfg_rate"]
         self.inference_cfg_rate = params["inference_cfg_rate"]
         self.sigma_min = params["sigma_min"]
+        self.cosine_t = cosine_t
         self.estimator = estimator
 
     @torch.inference_mode()
@@ -376,8 +383,8 @@ class ConditionalCFM(Recomputing):
     ) -> tuple[Tensor, Tensor]:
         """The flow-matching loss: mean square of predicted minus true velocity over valid frames and channels.
 
-        Draws t, then the noise, then the guidance dropout from torch's generator, as upstream does; so t is uniform
-        (upstream warped it by a cosine until January 2026).
+        Draws t, then the noise, then the guidance dropout from torch's generator, as upstream does; t is uniform, or
+        with ``cosine_t`` warped by a cosine.
 
         Args:
             x1: ``[B, 80, T]`` target mel.
@@ -393,6 +400,8 @@ class ConditionalCFM(Recomputing):
         """
         batch = mu.shape[0]
         t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype, generator=generator)
+        if self.cosine_t:
+            t = 1 - torch.cos(t * 0.5 * torch.pi)
         if generator is None:
             z = torch.randn_like(x1)
         else:
@@ -423,8 +432,10 @@ class CausalConditionalCFM(ConditionalCFM):
         n_spks: int = 1,
         spk_emb_dim: int = 64,
         estimator: nn.Module | None = None,
+        *,
+        cosine_t: bool = False,
     ) -> None:
-        super().__init__(in_channels, cfm_params, n_spks, spk_emb_dim, estimator)
+        super().__init__(in_channels, cfm_params, n_spks, spk_emb_dim, estimator, cosine_t=cosine_t)
         self.rand_noise = torch.randn([1, 80, NOISE_FRAMES], generator=torch.Generator().manual_seed(0))
 
     @torch.inference_mode()

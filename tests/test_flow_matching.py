@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastflow import CausalConditionalCFM, ConditionalCFM, from_preset
+from fastflow.config import build, preset
 from fastflow.flow_matching import METHODS, time_grid
 
 PARAMS = {"t_scheduler": "cosine", "training_cfg_rate": 0.2, "inference_cfg_rate": 0.7, "sigma_min": 1e-6}
@@ -164,6 +165,44 @@ def test_rate_zero_draws_no_guidance_dropout() -> None:
     torch.randn(1, 80, 7), torch.rand(1, 1, 1), torch.randn(1, 80, 7)
     assert torch.equal(after, torch.rand(1))
     assert torch.equal(cfm.estimator.calls[0][2], c["mu"])
+
+
+# ------------------------------------------------------------------------------------------------ older training times
+def drawn_times(cfm: ConditionalCFM, rows: int = 1) -> Tensor:
+    """The times at which one loss, drawn with seed 3, asks for the velocity."""
+    torch.manual_seed(3)
+    cfm.compute_loss(torch.randn(rows, 80, 7), **condition(rows=rows))
+    return cfm.estimator.calls[-1][3]
+
+
+@pytest.mark.parametrize("cls", [ConditionalCFM, CausalConditionalCFM])
+def test_cosine_t_warps_the_times_and_draws_nothing_else(cls: type) -> None:
+    new, old = solver(cls), cls(240, PARAMS, estimator=Linear(), cosine_t=True)
+    u, t = drawn_times(new, 9), drawn_times(old, 9)
+    assert torch.equal(t, 1 - torch.cos(u * 0.5 * torch.pi))
+    assert not torch.equal(t, u)
+    for name, at in (("mask", 1), ("mu", 2), ("spks", 4), ("cond", 5)):
+        assert torch.equal(new.estimator.calls[0][at], old.estimator.calls[0][at]), name
+    y, time = old.estimator.calls[0][0], t[:, None, None]
+    torch.manual_seed(3)
+    x1 = torch.randn(9, 80, 7)
+    condition(rows=9)
+    torch.rand(9, 1, 1)
+    torch.testing.assert_close(y, (1 - (1 - 1e-6) * time) * torch.randn(9, 80, 7) + time * x1)
+
+
+def test_cosine_t_puts_two_thirds_of_the_times_below_one_half() -> None:
+    cfm = solver()
+    assert not cfm.cosine_t, "upstream draws uniformly now, whatever t_scheduler says"
+    assert (drawn_times(cfm, 3000) < 0.5).float().mean().item() == pytest.approx(1 / 2, abs=0.03)
+    cfm.cosine_t = True
+    assert (drawn_times(cfm, 3000) < 0.5).float().mean().item() == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_cosine_t_can_be_written_in_a_spec() -> None:
+    spec = preset("tiny")
+    spec["decoder"]["cosine_t"] = True
+    assert build(spec).decoder.cosine_t
 
 
 def test_a_missing_estimator_is_named() -> None:
