@@ -11,6 +11,8 @@ constexpr int64_t kMaxWidth = 256;  // of a head
 struct Heads {
   void* data;
   int64_t row_stride, head_stride, frame_stride, channel_stride;
+  // Null, or where the rows lie one after the other: the frame where each begins, and the one where the last ends.
+  const int64_t* row_starts = nullptr;
 };
 
 struct AttentionArgs {
@@ -21,6 +23,9 @@ struct AttentionArgs {
   // The relative position term, if `relative`.  The biases have one "frame".
   bool relative;
   Heads position, bias_u, bias_v;
+
+  // Null, or the cosines and sines by which a frame turns head 0 of q and k: [T, D / 2] each, in the type of lse.
+  const void *cos, *sin;
 
   const void* lengths;  // [B], or null
   bool lengths_are_64_bit;

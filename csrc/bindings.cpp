@@ -252,6 +252,11 @@ void set_rule(const Rule& rule, AttentionArgs& args) {
   args.dropout = dropout_of(rule.dropout_p, *rule.seed);
 }
 
+void check_width(int64_t width) {
+  STD_TORCH_CHECK(width > 0 && width <= kMaxWidth && width % 8 == 0,
+                  "the head dimension must be a multiple of 8 up to ", kMaxWidth, ", got ", width);
+}
+
 AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Relative>& relative,
                              const Rule& rule) {
   STD_TORCH_CHECK(q.is_cpu() && q.dim() == 4, "q must have shape [B, H, Tq, D] and be on the CPU");
@@ -260,8 +265,7 @@ AttentionArgs attention_args(const Tensor& q, const Tensor& k, const Tensor& v, 
   AttentionArgs args{};
   args.batch = q.size(0), args.heads = q.size(1), args.queries = q.size(2), args.width = q.size(3);
   args.keys = k.size(2);
-  STD_TORCH_CHECK(args.width > 0 && args.width <= kMaxWidth && args.width % 8 == 0,
-                  "the head dimension must be a multiple of 8 up to ", kMaxWidth, ", got ", args.width);
+  check_width(args.width);
   const ScalarType dtype = q.scalar_type();
   const std::vector<int64_t> key_shape = {args.batch, args.heads, args.keys, args.width};
   check_tensor("k", k, key_shape, dtype);
@@ -302,6 +306,13 @@ void run_attention(AttentionKernel kernel, const AttentionArgs& args, const Tens
                               [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * bytes, next); });
 }
 
+void run_forward(AttentionArgs& args, const Tensor& q) {
+  // A row and head is one task, which reads its keys once; only where these are few are their queries divided.
+  const int64_t heads = args.batch * args.heads, threads = torch::stable::get_num_threads();
+  args.query_chunks = heads > 0 && heads < threads ? ceil_div(2 * threads, heads) : 1;
+  run_attention(cpu::kernels().attention_forward, args, q, heads * args.query_chunks, false);
+}
+
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const std::optional<Relative>& relative, const Rule& rule) {
   AttentionArgs args = attention_args(q, k, v, relative, rule);
@@ -309,10 +320,7 @@ std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor
   Tensor lse = torch::stable::new_empty(q, {args.batch, args.heads, args.queries}, wide_type(q));
   args.out = heads_of(out);
   args.lse = lse.data_ptr();
-  // A row and head is one task, which reads its keys once; only where these are few are their queries divided.
-  const int64_t heads = args.batch * args.heads, threads = torch::stable::get_num_threads();
-  args.query_chunks = heads > 0 && heads < threads ? ceil_div(2 * threads, heads) : 1;
-  run_attention(cpu::kernels().attention_forward, args, q, heads * args.query_chunks, false);
+  run_forward(args, q);
   return {out, lse};
 }
 
@@ -402,6 +410,106 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> relative_attention_ba
           sum_groups(position_sums.data_ptr(), args.groups, position),
           sum_groups(bias_u_sums, args.groups, bias_u),
           sum_groups(bias_v_sums, args.groups, bias_v)};
+}
+
+// The numbers of the schema, in its order.
+struct SelfRule {
+  OptionalTensor lengths;
+  std::optional<std::vector<int64_t>> sizes;
+  int64_t chunk_size;
+  double scale;
+  OptionalTensor rotary;
+};
+
+// Attention of qkv [B, T, 3, H, D] with itself; B == 1 where the rows lie one after the other.
+struct SelfAttention {
+  AttentionArgs args{};
+  std::vector<int64_t> sizes, row_starts;  // of rows that lie one after the other
+
+  SelfAttention(const Tensor& qkv, const SelfRule& rule) {
+    STD_TORCH_CHECK(qkv.is_cpu() && qkv.dim() == 5 && qkv.size(2) == 3,
+                    "qkv must have shape [B, T, 3, H, D] and be on the CPU");
+    dtype_of(qkv);
+    args.batch = qkv.size(0), args.heads = qkv.size(3), args.width = qkv.size(4);
+    args.queries = args.keys = qkv.size(1);
+    check_width(args.width);
+    set_rule({rule.lengths, rule.chunk_size, -1, 0, false, rule.scale, 0, {}}, args);
+    if (rule.sizes) set_sizes(rule);
+    args.q = part(qkv, 0), args.k = part(qkv, 1), args.v = part(qkv, 2);
+    if (rule.rotary) set_rotary(*rule.rotary, wide_type(qkv));
+  }
+  SelfAttention(const SelfAttention&) = delete;  // args points to the sizes
+  SelfAttention& operator=(const SelfAttention&) = delete;
+
+  // [B, T, H, D]
+  Heads heads(const Tensor& x) const {
+    return {x.data_ptr(), x.stride(0), x.stride(2), x.stride(1), x.stride(3), starts()};
+  }
+  // q, k or v of [B, T, 3, H, D]
+  Heads part(const Tensor& x, int64_t index) const {
+    char* data = static_cast<char*>(x.data_ptr()) + index * x.stride(2) * static_cast<int64_t>(x.element_size());
+    return {data, x.stride(0), x.stride(3), x.stride(1), x.stride(4), starts()};
+  }
+
+ private:
+  const int64_t* starts() const { return row_starts.empty() ? nullptr : row_starts.data(); }
+
+  void set_sizes(const SelfRule& rule) {
+    STD_TORCH_CHECK(!rule.lengths && args.batch == 1, "sizes need qkv of B == 1 and no lengths, got B ", args.batch);
+    sizes = *rule.sizes, row_starts = {0};
+    int64_t largest = 0;
+    for (const int64_t size : sizes) {
+      STD_TORCH_CHECK(size >= 0 && size <= args.queries, "sizes must lie in [0, ", args.queries, "], got ", size);
+      row_starts.push_back(row_starts.back() + size);
+      largest = max_of(largest, size);
+    }
+    STD_TORCH_CHECK(row_starts.back() == args.queries, "sizes must add up to the frames, ", args.queries, ", got ",
+                    row_starts.back());
+    args.batch = static_cast<int64_t>(sizes.size());
+    args.queries = args.keys = largest;
+    args.lengths = sizes.data(), args.lengths_are_64_bit = true, args.lengths_stride = 1;
+  }
+
+  void set_rotary(const Tensor& rotary, ScalarType dtype) {
+    const int64_t frames = rotary.dim() == 3 ? rotary.size(1) : 0;
+    check_tensor("rotary", rotary, {2, max_of(frames, args.queries), args.width / 2}, dtype);
+    const int64_t stride = rotary.stride(0) * static_cast<int64_t>(rotary.element_size());
+    STD_TORCH_CHECK(rotary.stride(1) == args.width / 2 && rotary.stride(2) == 1,
+                    "the cosines and the sines of rotary must be contiguous");
+    args.cos = rotary.data_ptr(), args.sin = static_cast<const char*>(args.cos) + stride;
+  }
+};
+
+std::tuple<Tensor, Tensor> self_attention_cpu(const Tensor& qkv, OptionalTensor lengths,
+                                              std::optional<std::vector<int64_t>> sizes, int64_t chunk_size,
+                                              double scale, OptionalTensor rotary) {
+  SelfAttention op(qkv, {lengths, std::move(sizes), chunk_size, scale, rotary});
+  AttentionArgs& args = op.args;
+  Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), qkv.size(1), args.heads, args.width});
+  Tensor lse = torch::stable::new_empty(qkv, {args.batch, args.heads, args.queries}, wide_type(qkv));
+  args.out = op.heads(out);
+  args.lse = lse.data_ptr();
+  run_forward(args, qkv);
+  return {out, lse};
+}
+
+Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& out, const Tensor& lse, const Tensor& qkv,
+                                   OptionalTensor lengths, std::optional<std::vector<int64_t>> sizes,
+                                   int64_t chunk_size, double scale, OptionalTensor rotary) {
+  SelfAttention op(qkv, {lengths, std::move(sizes), chunk_size, scale, rotary});
+  AttentionArgs& args = op.args;
+  const std::vector<int64_t> shape = {qkv.size(0), qkv.size(1), args.heads, args.width};
+  check_tensor("grad", grad, shape, qkv.scalar_type());
+  check_tensor("out", out, shape, qkv.scalar_type());
+  check_tensor("lse", lse, {args.batch, args.heads, args.queries}, wide_type(qkv));
+  STD_TORCH_CHECK(lse.is_contiguous(), "lse must be contiguous");
+  Tensor grad_qkv = torch::stable::new_empty(qkv, qkv.sizes());
+  args.grad = op.heads(grad), args.out = op.heads(out);
+  args.lse = lse.data_ptr();
+  args.grad_q = op.part(grad_qkv, 0), args.grad_k = op.part(grad_qkv, 1), args.grad_v = op.part(grad_qkv, 2);
+  args.groups = args.batch;
+  run_attention(cpu::kernels().attention_backward, args, qkv, args.groups * args.heads, true);
+  return grad_qkv;
 }
 
 // ------------------------------------------------------------------------------------------------ projection,
@@ -1137,6 +1245,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward_cpu));
   m.impl("relative_attention", TORCH_BOX(&relative_attention_cpu));
   m.impl("relative_attention_backward", TORCH_BOX(&relative_attention_backward_cpu));
+  m.impl("self_attention", TORCH_BOX(&self_attention_cpu));
+  m.impl("self_attention_backward", TORCH_BOX(&self_attention_backward_cpu));
   m.impl("pack_weights", TORCH_BOX(&pack_weights_cpu));
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));

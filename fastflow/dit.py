@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual, split_heads
+from fastflow.layers import active, attend_self, feed_forward_residual, plain, project_residual
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.recompute import Block, Recomputing
@@ -86,25 +86,11 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.register_buffer("inv_freq", 1.0 / 10000.0 ** (torch.arange(0, dim, 2).float() / dim))
 
-    def forward(self, frames: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every angle, ``[T, dim / 2]`` each."""
+    def forward(self, frames: int) -> Tensor:
+        """Cosine and sine of every angle, ``[2, T, dim / 2]``."""
         position = torch.arange(frames, device=self.inv_freq.device, dtype=self.inv_freq.dtype)
         angle = position[:, None] * self.inv_freq
-        return angle.cos(), angle.sin()
-
-
-def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channels of head 0 of q and k, and no other: upstream rotates before it splits ``[B, T, H*D]`` into
-    heads.  ``[B, T, 3, H, D]`` -> the same.
-
-    Computed in float32 at least, as upstream does under autocast.
-    """
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    even, odd = qkv[:, :, :2, 0].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
-    qkv[:, :, :2, 0] = rotated  # in place: the product that gave it does not keep it for its backward pass
-    return qkv
+        return torch.stack([angle.cos(), angle.sin()])
 
 
 class Attention(Recomputing):
@@ -125,40 +111,29 @@ class Attention(Recomputing):
         gate: Tensor | None,
         lengths: Tensor,
         chunk_size: int,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tensor,
     ) -> Tensor:
         """``x + gate * attention(norm(x))``; padding holds arbitrary values."""
         scale, shift, eps = (None, None, None) if norm is None else norm
         parts = (self.to_q, self.to_k, self.to_v)
-        out = attend(
-            functools.partial(self._heads, eps),
+        out = attend_self(
+            functools.partial(self._qkv, eps),
             x,
             scale,
             shift,
-            *rotary,
             *(plain(part).weight for part in parts),
             *(part.bias for part in parts),
-            keep_heads=self.keeps_products,
+            keep_qkv=self.keeps_products,
             lengths=lengths,
             chunk_size=chunk_size,
-            padded_queries=False,
+            rotary=rotary,
         )
         last: Any = self.to_out[0]
         return project_residual(x, out, last, self.to_out[1], gate)
 
-    def _heads(
-        self,
-        eps: float | None,
-        x: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        *parts: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def _qkv(self, eps: float | None, x: Tensor, scale: Tensor | None, shift: Tensor | None, *parts: Tensor) -> Tensor:
         norm = None if eps is None else Norm(scale, shift, eps)
-        qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.heads, -1))
-        return split_heads(rotate_first_head(qkv, cos, sin))
+        return projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.heads, -1))
 
 
 class FeedForward(Recomputing):
@@ -208,7 +183,7 @@ class DiTBlock(Block):
         return active(self.attn.to_out[1]) or active(self.ff.ff[1])
 
     def _compute(  # type: ignore[override]
-        self, x: Tensor, modulation: Tensor, lengths: Tensor, chunk_size: int, rotary: tuple[Tensor, Tensor]
+        self, x: Tensor, modulation: Tensor, lengths: Tensor, chunk_size: int, rotary: Tensor
     ) -> Tensor:
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
@@ -221,7 +196,7 @@ class Invariants(NamedTuple):
 
     input: Tensor
     lengths: Tensor
-    rotary: tuple[Tensor, Tensor]
+    rotary: Tensor
 
 
 class DiT(Recomputing):

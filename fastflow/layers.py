@@ -6,7 +6,13 @@ from typing import Any
 import torch.nn as nn
 from torch import Tensor
 
-from fastflow.ops.attention import RelativePosition, attention, restored_attention
+from fastflow.ops.attention import (
+    RelativePosition,
+    attention,
+    restored_attention,
+    restored_self_attention,
+    self_attention,
+)
 from fastflow.ops.dropout import dropout
 from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
 from fastflow.ops.norm import Norm
@@ -68,6 +74,17 @@ def attend(heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, keep
     else:
         out = restored_attention(heads, *tensors, **options)
     return out.transpose(1, 2).flatten(2)
+
+
+def attend_self(qkv: Callable[..., Tensor], *tensors: Tensor | None, keep_qkv: bool, **options: Any) -> Tensor:
+    """Self-attention of ``qkv(*tensors)``, ``[B, T, 3, H, D]``, with the heads side by side.
+
+    Args:
+        keep_qkv: whether qkv is kept for the backward pass; else it is formed again there.
+        options: as for :func:`self_attention`.
+    """
+    out = self_attention(qkv(*tensors), **options) if keep_qkv else restored_self_attention(qkv, *tensors, **options)
+    return out.flatten(2)
 
 
 def feed_forward_residual(

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend, feed_forward_residual, plain, project_residual, split_heads
+from fastflow.layers import active, attend_self, feed_forward_residual, plain, project_residual
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -115,23 +115,21 @@ class Attention(Recomputing):
 
     def forward(self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int) -> Tensor:
         """``x + attention(norm(x))``."""
-        out = attend(
-            functools.partial(self._heads, norm.eps),
+        out = attend_self(
+            functools.partial(self._qkv, norm.eps),
             x,
             norm.scale,
             norm.shift,
             *(plain(part).weight for part in (self.to_q, self.to_k, self.to_v)),
-            keep_heads=self.keeps_products,
+            keep_qkv=self.keeps_products,
             lengths=lengths,
             chunk_size=chunk_size,
-            padded_queries=False,
         )
         last: Any = self.to_out[0]
         return project_residual(x, out, last, self.to_out[1])
 
-    def _heads(self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-        qkv = projection(x, weights, [None] * 3, norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
-        return split_heads(qkv)
+    def _qkv(self, eps: float, x: Tensor, scale: Tensor, shift: Tensor, *weights: Tensor) -> Tensor:
+        return projection(x, weights, [None] * 3, norm=Norm(scale, shift, eps)).unflatten(-1, (3, self.heads, -1))
 
 
 class GELU(nn.Module):

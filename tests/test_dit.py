@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastflow import DiT
-from fastflow.dit import RotaryEmbedding, rotate_first_head
+from fastflow.dit import RotaryEmbedding
+from fastflow.ops.attention import rotate_first_head
 
 
 def dit(**options) -> DiT:
@@ -24,7 +25,7 @@ def inputs(frames: int, lengths: list[int]) -> dict[str, torch.Tensor]:
 def test_rotation_touches_head_0_only_and_turns_neighbours() -> None:
     rotary = RotaryEmbedding(8)(5)
     x = torch.randn(2, 5, 3, 4, 8)  # q, k and v of 4 heads
-    y = rotate_first_head(x.clone(), *rotary)
+    y = rotate_first_head(x, *rotary)
     assert torch.equal(y[:, :, 2], x[:, :, 2]), "v is not turned"
     assert torch.equal(y[:, :, :, 1:], x[:, :, :, 1:])
     assert torch.equal(y[:, 0], x[:, 0]), "position 0 is not turned"

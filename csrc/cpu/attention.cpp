@@ -93,7 +93,8 @@ struct Tile {
 
 template <typename T>
 const T* frame_at(const Heads& x, int64_t b, int64_t h, int64_t frame) {
-  return static_cast<const T*>(x.data) + b * x.row_stride + h * x.head_stride + frame * x.frame_stride;
+  const int64_t row = x.row_starts ? x.row_starts[b] * x.frame_stride : b * x.row_stride;
+  return static_cast<const T*>(x.data) + row + h * x.head_stride + frame * x.frame_stride;
 }
 
 template <typename T>
@@ -113,6 +114,7 @@ void write_frame(const Wide<T>* from, Wide<T> factor, const Heads& x, int64_t b,
 
 template <typename T>
 void write_zeros(const Heads& x, int64_t b, int64_t h, int64_t first, int64_t last, int64_t width) {
+  if (x.row_starts) last = min_of(last, x.row_starts[b + 1] - x.row_starts[b]);  // there the next row begins
   for (int64_t i = first; i < last; ++i) {
     T* to = const_cast<T*>(frame_at<T>(x, b, h, i));
     for (int64_t d = 0; d < width; ++d) to[d] = T{};
@@ -152,6 +154,34 @@ void read_transposed(const AttentionArgs& args, const Heads& x, int64_t b, int64
   }
 }
 
+// ------------------------------------------------------------------------------------------------ rotation
+inline bool turns(const AttentionArgs& args, int64_t h) { return args.cos && h == 0; }
+
+// Neighbouring channels of one frame, `step` elements apart, turn by the angles of the frame; back for direction -1.
+template <typename Real>
+void turn(const AttentionArgs& args, int64_t frame, Real direction, int64_t step, Real* x) {
+  const int64_t pairs = args.width / 2;
+  const Real* cos = static_cast<const Real*>(args.cos) + frame * pairs;
+  const Real* sin = static_cast<const Real*>(args.sin) + frame * pairs;
+  for (int64_t k = 0; k < pairs; ++k) {
+    Real &even = x[2 * k * step], &odd = x[(2 * k + 1) * step];
+    const Real s = direction * sin[k], turned = even * cos[k] - odd * s;
+    odd = odd * cos[k] + even * s;
+    even = turned;
+  }
+}
+
+// The keys of a head as read_transposed reads them, turned.
+template <typename T>
+void read_transposed_keys(const AttentionArgs& args, int64_t b, int64_t h, int64_t first, int64_t count,
+                          Transposed<Wide<T>> to) {
+  constexpr int64_t columns = kColumns<Wide<T>>;
+  read_transposed<T>(args, args.k, b, h, first, count, to);
+  if (!turns(args, h)) return;
+  for (int64_t j = 0; j < count; ++j)
+    turn<Wide<T>>(args, first + j, 1, columns, to.data + j / columns * columns * args.width + j % columns);
+}
+
 template <typename Real>
 void multiply_by(const Real* factors, int64_t count, Real* __restrict x) {
   for (int64_t c = 0; c < count; ++c) x[c] *= factors[c];
@@ -189,7 +219,10 @@ void read_queries(const AttentionArgs& args, int64_t b, int64_t h, int64_t first
     Real *content = to.content.row(i), *relative = to.relative.row(i);
     const Range keys = visible_keys(args, length, first + i);
     const bool blind = keys.begin >= keys.end;
-    if (!blind) read_frame(frame_at<T>(args.q, b, h, first + i), args.q.channel_stride, args.width, content);
+    if (!blind) {
+      read_frame(frame_at<T>(args.q, b, h, first + i), args.q.channel_stride, args.width, content);
+      if (turns(args, h)) turn<Real>(args, first + i, 1, 1, content);
+    }
     for (int64_t d = blind ? 0 : args.width; d < to.content.stride; ++d) content[d] = 0;
     const Real factor = blind ? 0 : scale;
     for (int64_t d = 0; d < to.content.stride; d += kLanes<Real>) {
@@ -388,7 +421,7 @@ void forward_task(const AttentionArgs& args, int64_t b, int64_t h, int64_t first
   const int64_t begin = round_down(visible_keys(args, length, first).begin, kColumns<Real>);
   const int64_t keys = max_of(0, visible_keys(args, length, active - 1).end - begin);
   const Origin origin = {begin, args.keys - args.key_offset - active + begin};
-  read_transposed<T>(args, args.k, b, h, begin, keys, memory.keys);
+  read_transposed_keys<T>(args, b, h, begin, keys, memory.keys);
   read_rows<T>(args, args.v, b, h, begin, keys, memory.values);
   if (args.relative && keys)
     read_transposed<T>(args, args.position, 0, h, origin.position, keys + active - first - 1, memory.position);
@@ -550,6 +583,7 @@ void write_query_gradients(const AttentionArgs& args, int64_t b, int64_t h, int6
       add(relative, args.width, bias_v);
       add(relative, args.width, content);
     }
+    if (turns(args, h)) turn<Wide<T>>(args, i, -1, 1, content);
     write_frame<T>(content, static_cast<Wide<T>>(args.scale), args.grad_q, b, h, i, args.width);
   }
   write_zeros<T>(args.grad_q, b, h, active, args.queries, args.width);
@@ -567,9 +601,11 @@ void backward_row(const AttentionArgs& args, int64_t b, int64_t h, Wide<T>* bias
   prepare_queries<T>(args, b, h, active, memory);
   for (int64_t key = begin; key < end; key += kKeys) {
     const int64_t columns = min_of(kKeys, end - key);
-    read_transposed<T>(args, args.k, b, h, key, columns, memory.transposed_keys);
+    read_transposed_keys<T>(args, b, h, key, columns, memory.transposed_keys);
     read_transposed<T>(args, args.v, b, h, key, columns, memory.transposed_values);
     read_rows<T>(args, args.k, b, h, key, columns, memory.keys);
+    if (turns(args, h))
+      for (int64_t j = 0; j < columns; ++j) turn<Real>(args, key + j, 1, 1, memory.keys.row(j));
     clear(memory.grad_keys, columns);
     clear(memory.grad_values, columns);
     for (int64_t query = 0; query < active; query += kQueries) {
@@ -578,6 +614,7 @@ void backward_row(const AttentionArgs& args, int64_t b, int64_t h, Wide<T>* bias
       if (span.columns > 0) backward_tile(args, b, h, span, span.key - key, memory);
     }
     for (int64_t j = 0; j < columns; ++j) {
+      if (turns(args, h)) turn<Real>(args, key + j, -1, 1, memory.grad_keys.row(j));
       write_frame<T>(memory.grad_keys.row(j), 1, args.grad_k, b, h, key + j, args.width);
       write_frame<T>(memory.grad_values.row(j), 1, args.grad_v, b, h, key + j, args.width);
     }

@@ -1,6 +1,6 @@
 """The fused ops, one file each: formula, reference, autograd function and public function."""
 
-from fastflow.ops.attention import RelativePosition, attention, attention_ref
+from fastflow.ops.attention import RelativePosition, attention, attention_ref, self_attention
 from fastflow.ops.conv_block import conv_block, conv_block_ref
 from fastflow.ops.dropout import dropout, dropout_ref
 from fastflow.ops.euler_step import euler_step, euler_step_ref
@@ -27,4 +27,5 @@ __all__ = [
     "norm_ref",
     "projection",
     "projection_ref",
+    "self_attention",
 ]

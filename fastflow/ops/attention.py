@@ -18,8 +18,12 @@ is a pure function of the seed and its place (:func:`dropout_mask`), so the back
 
 Saved for the backward pass: q, k, v, the output and the logarithm of each query's softmax sum (in a scale of the
 backend's own); nothing of size Tq x Tk.  :func:`restored_attention` saves, instead of q, k and v, what they come from.
+
+:func:`self_attention` takes q, k and v as one tensor, as a projection gives them, so that their gradient is one too.
+Its rows may lie one after the other without padding, and it turns q and k by a rotary embedding.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
@@ -65,6 +70,51 @@ class _Options(NamedTuple):
             seed = draw_seed(q.device)
         numbers = self.chunk_size, self.num_left_chunks, self.key_offset, self.padded_queries, scale, self.dropout_p
         return numbers, seed if self.dropout_p else None
+
+    def check(self, q: Tensor, k: Tensor, v: Tensor, *rel: Tensor) -> None:
+        """Validate the arguments without reading device memory."""
+        _check(q, k, v, RelativePosition(*rel) if rel else None, self)
+
+
+class _SelfOptions(NamedTuple):
+    """Of :func:`self_attention`, which explains them."""
+
+    lengths: Tensor | None = None
+    sizes: Sequence[int] | None = None
+    chunk_size: int = 0
+    rotary: Tensor | None = None
+
+    def rule(self, qkv: Tensor) -> tuple[tuple, Tensor | None]:
+        """The numbers of the fused op's schema, and its rotary table."""
+        rotary = self.rotary
+        if rotary is not None:
+            rotary = rotary.to(torch.promote_types(qkv.dtype, torch.float32)).contiguous()
+        return (self.sizes, self.chunk_size, qkv.shape[-1] ** -0.5), rotary
+
+    def check(self, qkv: Tensor) -> None:
+        """Validate the arguments without reading device memory."""
+        _check_self(qkv, *self)
+
+    def heads(self, qkv: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v ``[B, H, T, D]`` of padded rows, q and k turned."""
+        self.check(qkv)
+        if self.sizes is not None:
+            qkv = pad_sequence(qkv[0].split(list(self.sizes)), batch_first=True)
+        if self.rotary is not None:
+            qkv = rotate_first_head(qkv, *self.rotary[:, : qkv.shape[1]])
+        return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
+
+    def padded(self, device: torch.device) -> dict[str, Any]:
+        """The options of :func:`attention` of these heads."""
+        lengths = self.lengths if self.sizes is None else torch.tensor(self.sizes, device=device)
+        return {"lengths": lengths, "chunk_size": self.chunk_size, "padded_queries": False}
+
+    def result(self, out: Tensor) -> Tensor:
+        """``[B, H, T, D]`` -> ``[B, T, H, D]``, the rows as those of qkv."""
+        out = out.transpose(1, 2)
+        if self.sizes is None:
+            return out
+        return torch.cat([row[:n] for row, n in zip(out, self.sizes, strict=True)])[None]
 
 
 # ------------------------------------------------------------------------------------------------ masks
@@ -158,6 +208,20 @@ def attention_ref(
     return probabilities @ v
 
 
+def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn neighbouring channels (2k, 2k+1) of head 0 of q and k, and of no other: upstream rotates before it splits
+    ``[B, T, H*D]`` into heads.  ``[B, T, 3, H, D]`` and the cosines and sines ``[T, D/2]`` -> ``[B, T, 3, H, D]``.
+
+    Computed in float32 at least, as upstream does under autocast.
+    """
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    even, odd = qkv[:, :, :2, 0].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    rotated = qkv.clone()
+    rotated[:, :, :2, 0] = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    return rotated
+
+
 # ------------------------------------------------------------------------------------------------ fused
 # Results have the layout [B, T, H, D] in memory, seen as [B, H, T, D], so that heads merge without a copy.
 _RULE = (
@@ -175,6 +239,11 @@ _SCHEMAS = {
         f"(Tensor grad, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, {_REL}{_RULE}) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+}
+_SELF_RULE = "Tensor qkv, Tensor? lengths, SymInt[]? sizes, SymInt chunk_size, float scale, Tensor? rotary"
+_SELF_SCHEMAS = {
+    "self_attention": f"({_SELF_RULE}) -> (Tensor, Tensor)",
+    "self_attention_backward": f"(Tensor grad, Tensor out, Tensor lse, {_SELF_RULE}) -> Tensor",
 }
 
 
@@ -197,63 +266,84 @@ def _relative_backward_fake(grad, out, lse, q, k, v, position, bias_u, bias_v, *
     return *_backward_fake(grad, out, lse, q, k, v), *parameters
 
 
+def _self_forward_fake(qkv, lengths, sizes, *rest):  # type: ignore[no-untyped-def]
+    batch, frames, _, heads, width = qkv.shape
+    wide = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    rows = (batch, frames) if sizes is None else (len(sizes), functools.reduce(torch.sym_max, sizes, 0))
+    return qkv.new_empty(batch, frames, heads, width), qkv.new_empty(rows[0], heads, rows[1], dtype=wide)
+
+
+def _self_backward_fake(grad, out, lse, qkv, *rest):  # type: ignore[no-untyped-def]
+    return qkv.new_empty(qkv.shape)
+
+
 _FAKES: dict[str, Callable] = {
     "attention": _forward_fake,
     "attention_backward": _backward_fake,
     "relative_attention": _forward_fake,
     "relative_attention_backward": _relative_backward_fake,
+    "self_attention": _self_forward_fake,
+    "self_attention_backward": _self_backward_fake,
 }
+_NAMES = {1: "self_attention", 3: "attention", 6: "relative_attention"}  # by the number of differentiable tensors
 
 
 for _name, _schema in _SCHEMAS.items():
     define(_name, _schema, _FAKES[_name], kernel("attention", _name))
+for _name, _schema in _SELF_SCHEMAS.items():
+    define(_name, _schema, _FAKES[_name], None)
+
+
+def _gradients(ctx, grad, out, lse, tensors, lengths, last):  # type: ignore[no-untyped-def]
+    """Of ``tensors``, as many."""
+    backward = op(_NAMES[len(tensors)] + "_backward", ctx.backend)
+    grads = backward(grad, out, lse, *tensors, lengths, *ctx.rule, last)
+    return (grads,) if len(tensors) == 1 else grads
 
 
 class AttentionFunction(torch.autograd.Function):
-    """``tensors`` is (q, k, v) or (q, k, v, position, bias_u, bias_v); ``rule`` the numbers of the schema."""
+    """``tensors`` is (q, k, v), (q, k, v, position, bias_u, bias_v) or (qkv,); ``rule`` the numbers of the schema and
+    ``last`` its last tensor: the seed, or the rotary table.
+    """
 
     @staticmethod
-    def forward(ctx, backend, rule, lengths, seed, *tensors):  # type: ignore[no-untyped-def]
-        name = "attention" if len(tensors) == 3 else "relative_attention"
-        out, lse = op(name, backend)(*tensors, lengths, *rule, seed)
+    def forward(ctx, backend, rule, lengths, last, *tensors):  # type: ignore[no-untyped-def]
+        out, lse = op(_NAMES[len(tensors)], backend)(*tensors, lengths, *rule, last)
         ctx.backend, ctx.rule = backend, rule
-        ctx.save_for_backward(lengths, seed, out, lse, *tensors)
+        ctx.save_for_backward(lengths, last, out, lse, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        lengths, seed, out, lse, *tensors = ctx.saved_tensors
-        name = "attention_backward" if len(tensors) == 3 else "relative_attention_backward"
-        grads = op(name, ctx.backend)(grad, out, lse, *tensors, lengths, *ctx.rule, seed)
-        return None, None, None, None, *grads
+        lengths, last, out, lse, *tensors = ctx.saved_tensors
+        return None, None, None, None, *_gradients(ctx, grad, out, lse, tensors, lengths, last)
 
 
 class RestoredAttentionFunction(torch.autograd.Function):
-    """``heads(*tensors)`` gives (q, k, v) or (q, k, v, position, bias_u, bias_v), again in the backward pass."""
+    """``heads(*tensors)`` gives what AttentionFunction calls its tensors, again in the backward pass."""
 
     @staticmethod
     def forward(ctx, heads, backend, options, *tensors):  # type: ignore[no-untyped-def]
-        q, k, v, *rel = heads(*tensors)
-        _check(q, k, v, RelativePosition(*rel) if rel else None, options)
-        (rule, seed), lengths = options.rule(q), options.lengths
-        ctx.name = "relative_attention_backward" if rel else "attention_backward"
-        out, lse = op(ctx.name.removesuffix("_backward"), backend)(q, k, v, *rel, lengths, *rule, seed)
-        ctx.heads, ctx.backend, ctx.rule, ctx.autocast = heads, backend, rule, _autocast(q.device.type)
-        ctx.save_for_backward(lengths, seed, out, lse, *tensors)
+        values = heads(*tensors)
+        options.check(*values)
+        (rule, last), lengths = options.rule(values[0]), options.lengths
+        out, lse = op(_NAMES[len(values)], backend)(*values, lengths, *rule, last)
+        ctx.heads, ctx.backend, ctx.rule, ctx.autocast = heads, backend, rule, _autocast(out.device.type)
+        ctx.save_for_backward(lengths, last, out, lse, *tensors)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        lengths, seed, out, lse, *tensors = ctx.saved_tensors
+        lengths, last, out, lse, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
         # Aliases, so that hooks on the tensors see their gradients once, outside of here.
         aliases = [t if t is None else t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
             heads = ctx.heads(*aliases)
         values = [x.detach() for x in heads]
-        grads = op(ctx.name, ctx.backend)(grad, out, lse, *values, lengths, *ctx.rule, seed)
+        grads = _gradients(ctx, grad, out, lse, values, lengths, last)
         reached = [(x, g) for x, g in zip(heads, grads, strict=True) if x.requires_grad]
         wanted = [t for t, n in zip(aliases, needs, strict=True) if n]
         outputs, grads = zip(*reached, strict=True)
@@ -286,6 +376,44 @@ def _check_relative(q: Tensor, k: Tensor, rel_pos: RelativePosition) -> None:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(x.shape)}")
 
 
+def _check_rule(name: str, x: Tensor, lengths: Tensor | None, chunk_size: int) -> None:
+    if lengths is not None:
+        if lengths.shape != x.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"lengths must be int32 or int64 of shape [{x.shape[0]}], got {list(lengths.shape)} {lengths.dtype}"
+            )
+        if lengths.device != x.device:
+            raise ValueError(f"lengths is on {lengths.device} but {name} is on {x.device}")
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size must be >= 0, where 0 means no chunks; got {chunk_size}")
+
+
+def _check_self(
+    qkv: Tensor, lengths: Tensor | None, sizes: Sequence[int] | None, chunk_size: int, rotary: Tensor | None
+) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.dtype not in _backend.FLOATS:
+        raise ValueError(f"qkv must have shape [B, T, 3, H, D] and a floating dtype, got {list(qkv.shape)} {qkv.dtype}")
+    batch, frames, _, _, width = qkv.shape
+    if width not in HEAD_DIMS:
+        raise ValueError(f"the head dimension must be a multiple of 8 up to 256, got {width}")
+    _check_rule("qkv", qkv, lengths, chunk_size)
+    if sizes is not None:
+        if lengths is not None or batch != 1:
+            given = "none" if lengths is None else "some"
+            raise ValueError(f"sizes need B == 1 and no lengths, got B == {batch} and {given}")
+        if not sizes or any(n < 0 for n in sizes) or sum(sizes) != frames:
+            raise ValueError(f"sizes must be numbers >= 0 with the sum {frames}, got {list(sizes)}")
+        frames = max(sizes)
+    if rotary is None:
+        return
+    if rotary.dim() != 3 or rotary.shape[::2] != (2, width // 2) or rotary.shape[1] < frames:
+        raise ValueError(
+            f"rotary must have shape [2, frames, {width // 2}] with at least {frames} frames, got {list(rotary.shape)}"
+        )
+    if not rotary.is_floating_point() or rotary.device != qkv.device:
+        raise ValueError(f"rotary is {rotary.dtype} on {rotary.device} but qkv is {qkv.dtype} on {qkv.device}")
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition | None, options: _Options) -> None:
     """Validate the arguments without reading device memory."""
     lengths, chunk_size, num_left_chunks, dropout_p, seed, key_offset, _, _ = options
@@ -306,15 +434,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition | None, op
     for name, x in tensors.items():
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}")
-    if lengths is not None:
-        if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"lengths must be int32 or int64 of shape [{q.shape[0]}], got {list(lengths.shape)} {lengths.dtype}"
-            )
-        if lengths.device != q.device:
-            raise ValueError(f"lengths is on {lengths.device} but q is on {q.device}")
-    if chunk_size < 0:
-        raise ValueError(f"chunk_size must be >= 0, where 0 means no chunks; got {chunk_size}")
+    _check_rule("q", q, lengths, chunk_size)
     if num_left_chunks >= 0 and chunk_size == 0:
         raise ValueError(f"num_left_chunks {num_left_chunks} needs a chunk_size > 0")
     if key_offset < 0:
@@ -323,6 +443,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rel_pos: RelativePosition | None, op
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != q.device):
         raise ValueError(f"seed must be one int64 on {q.device}, got {list(seed.shape)} {seed.dtype} on {seed.device}")
+
+
+def _records(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records what is done with them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def attention(
@@ -373,7 +498,7 @@ def attention(
         return attention_ref(q, k, v, rel_pos=rel_pos, **options._asdict())
     rule, seed = options.rule(q)
     tensors = (q, k, v) if rel_pos is None else (q, k, v, *rel_pos)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+    if _records(tensors):
         return AttentionFunction.apply(chosen, rule, lengths, seed, *tensors)
     return op("attention" if rel_pos is None else "relative_attention", chosen)(*tensors, lengths, *rule, seed)[0]
 
@@ -405,9 +530,74 @@ def restored_attention(
         q, k, v, *rel = heads(*tensors)
         return attention(q, k, v, rel_pos=RelativePosition(*rel) if rel else None, backend=chosen, **options)
 
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+    if not _records(tensors):
         return compute(*tensors)
     if chosen == "reference":
         draws = bool(options.get("dropout_p")) and options.get("seed") is None
         return checkpoint(compute, *tensors, use_reentrant=False, preserve_rng_state=draws)
     return RestoredAttentionFunction.apply(heads, chosen, _Options(**options), *tensors)
+
+
+def self_attention(
+    qkv: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    chunk_size: int = 0,
+    rotary: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`attention` of q, k and v that are one tensor, in which queries past a row's length cost nothing.
+
+    Args:
+        qkv: ``[B, T, 3, H, D]``, of the dtypes and D of :func:`attention`, any strides.
+        lengths: ``[B]`` as there.
+        sizes: frames of each row, where the rows lie one after the other in one row of qkv (B is 1, and lengths is
+            None); their sum is T.
+        chunk_size: as there.
+        rotary: ``[2, frames, D/2]``, cosines and sines by which :func:`rotate_first_head` turns q and k at each frame
+            of a row; frames is that of the longest row at least.  No gradient goes to it.
+        backend: as there.  Those without a kernel of their own copy rows that are not padded, and turned heads.
+
+    Returns:
+        ``[B, T, H, D]`` of the dtype of qkv, zero past the lengths.
+
+    Raises:
+        ValueError, RuntimeError: as there.
+    """
+    options = _SelfOptions(lengths, sizes, chunk_size, rotary)
+    options.check(qkv)
+    chosen = _backend.select("self_attention", qkv, DTYPES, backend)
+    if chosen != "cpu":
+        return options.result(attention(*options.heads(qkv), **options.padded(qkv.device), backend=chosen))
+    rule, table = options.rule(qkv)
+    if _records((qkv,)):
+        return AttentionFunction.apply(chosen, rule, lengths, table, qkv)
+    return op("self_attention", chosen)(qkv, lengths, *rule, table)[0]
+
+
+def restored_self_attention(
+    qkv: Callable[..., Tensor], *tensors: Tensor | None, backend: str | None = None, **options: Any
+) -> Tensor:
+    """:func:`self_attention` of ``qkv(*tensors)``, which the backward pass calls again: see :func:`restored_attention`.
+
+    Args:
+        qkv: gives ``[B, T, 3, H, D]``.
+        tensors: as for :func:`restored_attention`.
+        backend, options: as for :func:`self_attention`.
+
+    Returns:
+        ``[B, T, H, D]`` of the dtype of qkv.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`self_attention`.
+    """
+    first = tensors[0]
+    assert first is not None
+    chosen, given = _backend.select("self_attention", first, DTYPES, backend), _SelfOptions(**options)
+    if chosen == "cpu" and _records(tensors):
+        return RestoredAttentionFunction.apply(lambda *parts: (qkv(*parts),), chosen, given, *tensors)
+    if chosen == "cpu":
+        return self_attention(qkv(*tensors), backend=chosen, **options)
+    padded = given.padded(first.device)
+    return given.result(restored_attention(lambda *t: given.heads(qkv(*t)), *tensors, backend=chosen, **padded))

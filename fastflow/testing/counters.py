@@ -65,6 +65,24 @@ def _attention_backward_flops(
     return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
 
 
+def _self_attention_flops(
+    qkv: Tensor,
+    lengths: Tensor | None,
+    sizes: list[int] | None,
+    *_: Any,
+    count: Callable[..., int] = sdpa_flop_count,
+    tensors: int = 3,
+    **__: Any,
+) -> int:
+    batch, frames, _three, heads, width = qkv.shape
+    rows = [frames] * batch if sizes is None else sizes
+    return sum(count(*[(1, heads, n, width)] * tensors) for n in rows)
+
+
+def _self_attention_backward_flops(grad: Tensor, out: Tensor, lse: Tensor, *args: Any, **__: Any) -> int:
+    return _self_attention_flops(*args, count=sdpa_backward_flop_count, tensors=4)
+
+
 def _distance_flops(q: Tensor, position: Tensor) -> int:
     """The product of the queries with every distance, as the reference forms it."""
     return 2 * q.numel() * position.shape[1]
@@ -103,6 +121,8 @@ _FLOPS = {
     torch.ops.fastflow.attention_backward_triton: _attention_backward_flops,
     torch.ops.fastflow.relative_attention_triton: _relative_attention_flops,
     torch.ops.fastflow.relative_attention_backward_triton: _relative_attention_backward_flops,
+    torch.ops.fastflow.self_attention: _self_attention_flops,
+    torch.ops.fastflow.self_attention_backward: _self_attention_backward_flops,
     torch.ops.fastflow.projection: _projection_flops,
     torch.ops.fastflow.projection_triton: _projection_flops,
     torch.ops.fastflow.feed_forward: _feed_forward_flops,

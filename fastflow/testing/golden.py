@@ -26,7 +26,7 @@ from torch import Tensor
 import fastflow
 from fastflow import dit, encoder, flow, unet
 from fastflow.length_regulator import mel_frames
-from fastflow.ops.attention import length_mask, rel_shift, upstream_lengths, visible_keys
+from fastflow.ops.attention import length_mask, rel_shift, rotate_first_head, upstream_lengths, visible_keys
 from fastflow.ops.feed_forward import feed_forward
 from fastflow.ops.interpolate import interpolate
 from fastflow.ops.norm import norm_ref
@@ -434,7 +434,7 @@ def _parts_dit(case: Case) -> Results:
         "conv_pos": case.fill(dit.CausalConvPositionEmbedding(dim), "conv_pos_embed.")(h),
         "time_embed": case.fill(dit.TimestepEmbedding(dim), "time_embed.")(case.input("t")),
         "rope_freqs": angle.repeat_interleave(2, dim=1)[None],
-        "rope_applied": dit.rotate_first_head(qkv, *rotary)[:, :, 0].flatten(2),
+        "rope_applied": rotate_first_head(qkv, *rotary)[:, :, 0].flatten(2),
         "ada_x": norm_ref(h, dit.modulated(shift, scale)),
         "ada_gate_msa": gate,
         "ada_shift_mlp": shift_mlp,
