@@ -23,15 +23,16 @@ def kernel(file: str, name: str) -> Callable:
     return launch
 
 
-def define(name: str, schema: str, fake: Callable, triton: Callable) -> None:
-    """Define the op ``name`` and ``name_triton``, which ``triton`` implements."""
-    for suffix in ("", "_triton"):
+def define(name: str, schema: str, fake: Callable, triton: Callable | None) -> None:
+    """Define the op ``name`` and, where it is not None, ``name_triton``, which ``triton`` implements."""
+    for suffix in ("", "_triton") if triton else ("",):
         torch.library.define(f"fastflow::{name}{suffix}", schema)
         torch.library.register_fake(f"fastflow::{name}{suffix}", fake)
         _ops[name + suffix] = getattr(torch.ops.fastflow, name + suffix).default
-    for device in ("cpu", "cuda"):
-        torch.library.impl(f"fastflow::{name}_triton", device, triton)
-    _launchers[name] = triton
+    if triton:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"fastflow::{name}_triton", device, triton)
+        _launchers[name] = triton
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:
