@@ -71,6 +71,15 @@ def _cut(
 class _Flow(Recomputing, Padded):
     """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls.
 
+    With ``padding = "exact"`` the loss of a batch is, for the same draws of each row, the mean of what the rows give
+    alone, weighted with their frames, and so are the gradients; what lies in the padding is not looked at::
+
+        loss = sum_b sum_t |e_bt|^2 / (80 sum_b n_b) = sum_b n_b loss_b / sum_b n_b
+
+    with e_bt the error of the velocity at frame t of row b, and n_b the frames of the row.  Dropout, which only the
+    encoders of the published sizes have, draws for the frames that are computed: packed rows draw others than padded
+    ones, from the same distribution.
+
     Attributes:
         length_tolerance: mel frames that a row may differ from what its tokens imply; None: any number.
     """
@@ -352,7 +361,8 @@ class MaskedDiffWithXvec(_Flow):
 
         Args:
             batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat`` ``[B, Tf, 80]``
-                log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.
+                log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.  Tokens and mel may
+                also be lists of rows, ``[T_i]`` and ``[F_i, 80]``; their lengths may then be left out.
             device: where to compute; the module's.
             generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
                 condition prefixes from; None: torch's own on the device.
@@ -459,7 +469,8 @@ class _CausalFlow(_Flow):
         Args:
             batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat``
                 ``[B, token_mel_ratio * Tt, 80]`` log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding``
-                ``[B, 192]`` x-vectors.
+                ``[B, 192]`` x-vectors.  Tokens and mel may also be lists of rows, ``[T_i]`` and
+                ``[token_mel_ratio * T_i, 80]``; their lengths may then be left out.
             device: where to compute; the module's.
             generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
                 condition prefixes from; None: torch's own on the device.

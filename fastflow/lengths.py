@@ -68,7 +68,8 @@ def _joined(name: str, rows: Sequence[Tensor], shape: str, sizes: tuple[int, ...
         raise ValueError(f"{name} holds no rows")
     for n, row in enumerate(rows):
         if not isinstance(row, Tensor):
-            raise TypeError(f"{name}[{n}] must be a tensor, got {type(row).__name__}")
+            given, inside = type(rows).__name__, type(row).__name__
+            raise TypeError(f"{name} must be a tensor, got {given}, or a list of tensors, got {inside} in row {n}")
         if not row.dim() or row.shape[1:] != sizes:
             raise ValueError(f"{name} must hold tensors {shape}; got {list(row.shape)} in row {n}")
     return pad_sequence(list(rows), batch_first=True), torch.tensor([row.shape[0] for row in rows])

@@ -4,8 +4,10 @@
   rows, and the last tokens of a row of CosyVoice 2 look ahead at padding.
 * ``exact``: every row is what it is alone.
 
-In ``exact`` mode, what treats each frame by itself is computed on the frames of the rows alone, one row after the other
-(:class:`Packing`), where that saves enough and the lengths can be read without stalling a device.
+In ``exact`` mode, what treats each frame by itself in transformer blocks is computed on the frames of the rows alone,
+one row after the other (:class:`Packing`), where that saves enough and the lengths can be read without stalling a
+device: for tensors on a CPU.  ``attention`` and ``conv_block`` skip the padding by themselves.  Padded all the same are
+the convolutions that resample, the look-ahead, the position embedding of the DiT, and narrow projections.
 """
 
 from typing import NamedTuple

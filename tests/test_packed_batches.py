@@ -302,7 +302,7 @@ def test_ddp_averages_packed_gradients(name: str, tmp_path) -> None:
     assert_equal((loss, {key.removeprefix("module."): grad for key, grad in gradients.items()}), want)
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", ["tiny2", "tiny3"])
 def test_torch_compile_traces_the_estimator_whole(name: str) -> None:
     """Padded, as lengths cannot be read then."""
     estimator = build(name).decoder.estimator.eval()
@@ -332,7 +332,7 @@ def test_another_mode_is_named() -> None:
     ("changes", "error", "message"),
     [
         ({"speech_token": []}, ValueError, "speech_token holds no rows"),
-        ({"speech_token": [[1, 2]]}, TypeError, r"speech_token\[0\] must be a tensor, got list"),
+        ({"speech_token": [[1, 2]]}, TypeError, "speech_token must be a tensor, .* got list in row 0"),
         ({"speech_feat": [torch.ones(4)]}, ValueError, r"must hold tensors \[frames, 80\]; got \[4\] in row 0"),
         ({"speech_feat": [torch.ones(2, 80), torch.ones(2, 79)]}, ValueError, r"got \[2, 79\] in row 1"),
         ({"speech_token_len": torch.tensor([13, 7, 1, 5])}, ValueError, "speech_token_len is .* but the rows of"),
