@@ -750,6 +750,170 @@ std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Ten
   return {activated, grad_hidden};
 }
 
+// The backward passes of projection and feed_forward, in float32 or float64.  Their products are torch's.
+Tensor as_matrix(const Tensor& x) { return torch::stable::view(x, {x.size(0) * x.size(1), x.size(2)}); }
+
+Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+
+// [B, T, C] of a matrix of as many rows.
+Tensor as_signal(const Tensor& matrix, const Tensor& like) {
+  return torch::stable::view(matrix, {like.size(0), like.size(1), matrix.size(1)});
+}
+
+// The sums of columns [0, columns) of `rows` rows from x on; `stride` elements lie between two rows.
+void sum_columns(const void* x, int64_t rows, int64_t stride, int64_t columns, const Tensor& sums, char* to) {
+  const Dtype dtype = dtype_of(sums);
+  torch::stable::parallel_for(0, columns, max_of(64, kGrain / max_of(rows, 1)), [&](int64_t begin, int64_t end) {
+    cpu::kernels().column_sums(x, rows, stride, dtype, to, begin, end);
+  });
+}
+
+struct GradientOfLinear {
+  Tensor weight, bias, gate;
+};
+
+// Of gate * (x @ weight.T + bias), from the gradient of the result.
+GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                    const OptionalTensor& bias, const OptionalTensor& gate, bool wants_bias) {
+  const int64_t batch = x.size(0), frames = x.size(1), rows = weight.size(0), channels = weight.size(1);
+  const int64_t size = grad.element_size();
+  const char* data = static_cast<const char*>(grad.data_ptr());
+  if (!gate) {
+    Tensor sums = torch::stable::new_empty(x, {wants_bias ? rows : 0});
+    if (wants_bias) sum_columns(data, batch * frames, rows, rows, sums, static_cast<char*>(sums.data_ptr()));
+    return {torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x)), sums, torch::stable::new_empty(x, {0})};
+  }
+  GradientOfLinear found = {torch::stable::new_zeros(x, {rows, channels}), torch::stable::new_zeros(x, {rows}),
+                            torch::stable::new_empty(x, {batch, rows})};
+  const Tensor sums = torch::stable::new_empty(x, {rows}), dense_weight = torch::stable::contiguous(weight),
+               dense_gate = torch::stable::contiguous(*gate);
+  for (int64_t b = 0; b < batch; ++b) {
+    const Tensor products =
+        torch::stable::matmul(transposed(torch::stable::select(grad, 0, b)), torch::stable::select(x, 0, b));
+    sum_columns(data + b * frames * rows * size, frames, rows, rows, sums, static_cast<char*>(sums.data_ptr()));
+    const GatedGradientArgs args = {channels,
+                                    products.data_ptr(),
+                                    sums.data_ptr(),
+                                    dense_weight.data_ptr(),
+                                    bias ? bias->data_ptr() : nullptr,
+                                    static_cast<const char*>(dense_gate.data_ptr()) + b * rows * size,
+                                    found.weight.data_ptr(),
+                                    found.bias.data_ptr(),
+                                    static_cast<char*>(found.gate.data_ptr()) + b * rows * size};
+    torch::stable::parallel_for(0, rows, max_of(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+      cpu::kernels().add_gated_gradient(args, dtype_of(x), begin, end);
+    });
+  }
+  return found;
+}
+
+// The gradient of scale or shift, which is like one of them: [C], [B, C] or none; `sums` is norm_backward's.
+Tensor gradient_of_vectors(const OptionalTensor& like, const Tensor& sums, int64_t which) {
+  if (!like) return torch::stable::new_empty(sums, {0});
+  const int64_t batch = sums.size(0), chunks = sums.size(1), channels = sums.size(3), size = sums.element_size();
+  Tensor result = torch::stable::new_empty(sums, like->sizes());
+  const int64_t groups = like->dim() == 2 ? batch : 1, rows = batch * chunks / max_of(groups, 1);
+  const char* from = static_cast<const char*>(sums.data_ptr()) + which * channels * size;
+  for (int64_t g = 0; g < groups; ++g)
+    sum_columns(from + g * rows * 2 * channels * size, rows, 2 * channels, channels, result,
+                static_cast<char*>(result.data_ptr()) + g * channels * size);
+  return result;
+}
+
+struct NormGradient {
+  Tensor x, normalised, scale, shift;
+};
+
+NormGradient gradient_of_norm(const OptionalTensor& grad, const Tensor& x, const Tensor& stats, const NormRule& norm,
+                              const OptionalTensor& grad_residual) {
+  const auto [grad_x, normalised, sums] = norm_backward_cpu(*grad, x, stats, norm.scale, norm.shift, grad_residual);
+  return {grad_x, normalised, gradient_of_vectors(norm.scale, sums, 0), gradient_of_vectors(norm.shift, sums, 1)};
+}
+
+// Weights below each other, in memory of their own where they are several.
+Tensor joined(const std::vector<Tensor>& weights) {
+  if (weights.size() == 1) return weights[0];
+  int64_t rows = 0;
+  for (const Tensor& weight : weights) rows += weight.size(0);
+  Tensor result = torch::stable::new_empty(weights[0], {rows, weights[0].size(1)});
+  int64_t first = 0;
+  for (const Tensor& weight : weights) {
+    Tensor part = torch::stable::narrow(result, 0, first, weight.size(0));
+    torch::stable::copy_(part, weight);
+    first += weight.size(0);
+  }
+  return result;
+}
+
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+GradientOfLinear no_gradients(const Tensor& like) { return {nothing(like), nothing(like), nothing(like)}; }
+
+void check_gradient(const Tensor& grad, const Tensor& scaled, const Tensor& x, int64_t rows) {
+  const std::vector<int64_t> shape = {x.size(0), x.size(1), rows};
+  check_wide("grad", grad, shape, x);
+  check_wide("scaled", scaled, shape, x);
+}
+
+// `scaled` is grad * gate, or grad without a gate.  What is not wanted or does not exist has the shape [0].
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_backward_cpu(
+    const Tensor& grad, const Tensor& scaled, const Tensor& x, const Tensor& stats, std::vector<Tensor> weights,
+    OptionalTensor bias, OptionalTensor scale, OptionalTensor shift, bool normalises, OptionalTensor gate, bool wants_x,
+    bool wants_weights, bool wants_bias) {
+  check_signal(x);
+  check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+  const Stack stack(weights, std::vector<OptionalTensor>(weights.size()), x.size(2), x.scalar_type());
+  check_gradient(grad, scaled, x, stack.rows);
+  const Tensor weight = joined(weights);
+  OptionalTensor grad_x;
+  if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(scaled), weight), x);
+  NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
+  if (normalises) {
+    norm = gradient_of_norm(grad_x, x, stats, {scale, shift, {}}, {});
+    grad_x = norm.x;
+  }
+  GradientOfLinear linear = no_gradients(x);
+  if (wants_weights) linear = gradient_of_linear(grad, norm.normalised, weight, bias, gate, wants_bias);
+  return {grad_x.value_or(nothing(x)), linear.weight, linear.bias, linear.gate, norm.scale, norm.shift};
+}
+
+using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The gradients of x, w1, b1, w2, b2, scale, shift and gate.
+FeedForwardGradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& scaled, const Tensor& x,
+                                               const Tensor& stats, const Tensor& hidden, const Tensor& w1,
+                                               const Tensor& w2, OptionalTensor b2, int64_t activation,
+                                               OptionalTensor scale, OptionalTensor shift, bool normalises,
+                                               OptionalTensor gate, bool residual, bool wants_x, bool wants_first,
+                                               bool wants_second) {
+  check_signal(x);
+  check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+  check_tensor("w1", w1, {w1.size(0), x.size(2)}, x.scalar_type());
+  check_tensor("w2", w2, {w2.size(0), w1.size(0)}, x.scalar_type());
+  check_gradient(grad, scaled, x, w2.size(0));
+  check_wide("hidden", hidden, {x.size(0), x.size(1), w1.size(0)}, x);
+  const auto [activated, grad_hidden] =
+      activation_backward_cpu(as_signal(torch::stable::matmul(as_matrix(scaled), w2), x), hidden, activation);
+  GradientOfLinear first = no_gradients(x), second = no_gradients(x);
+  if (wants_second) second = gradient_of_linear(grad, activated, w2, b2, gate, true);
+  OptionalTensor grad_x;
+  if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(grad_hidden), w1), x);
+  NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
+  if (normalises) {
+    norm = gradient_of_norm(grad_x, x, stats, {scale, shift, {}}, residual ? OptionalTensor(grad) : OptionalTensor());
+    grad_x = norm.x;
+  }
+  if (wants_first) first = gradient_of_linear(grad_hidden, norm.normalised, w1, {}, {}, true);
+  return {grad_x.value_or(nothing(x)),
+          first.weight,
+          first.bias,
+          second.weight,
+          second.bias,
+          norm.scale,
+          norm.shift,
+          second.gate};
+}
+
 // ------------------------------------------------------------------------------------------------ conv_block
 Sequence sequence_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -1250,8 +1414,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights_cpu));
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
-  m.impl("norm_backward", TORCH_BOX(&norm_backward_cpu));
-  m.impl("activation_backward", TORCH_BOX(&activation_backward_cpu));
+  m.impl("projection_backward", TORCH_BOX(&projection_backward_cpu));
+  m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
   m.impl("euler_step", TORCH_BOX(&euler_step_cpu));

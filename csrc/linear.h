@@ -67,6 +67,15 @@ struct NormBackwardArgs {
 };
 constexpr int64_t kNormChunk = 16;  // as in fastflow/ops/norm.py
 
+// What a row of the batch adds to the gradients of gate * (x @ weight.T + bias), and the gradient of its gate, from the
+// products grad.T @ x and the sums of grad over the row's frames.  On the CPU; contiguous, in float32 or float64.
+struct GatedGradientArgs {
+  int64_t channels;
+  const void *products, *sums;       // [N, C], [N]
+  const void *weight, *bias, *gate;  // [N, C], [N] or null, [N]
+  void *grad_weight, *grad_bias, *grad_gate;
+};
+
 struct ActivationBackwardArgs {
   Activation activation;
   const void *grad, *pre_activation;

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastflow.layers import active, attend_self, feed_forward_residual, plain, project_residual
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.padding import Packing, Padded, normalised, pack, packing_of, unpack
 from fastflow.recompute import Block, Recomputing
 from fastflow.unet import time_features
 
@@ -112,12 +113,13 @@ class Attention(Recomputing):
         lengths: Tensor,
         chunk_size: int,
         rotary: Tensor,
+        packing: Packing | None = None,
     ) -> Tensor:
         """``x + gate * attention(norm(x))``; padding holds arbitrary values."""
         scale, shift, eps = (None, None, None) if norm is None else norm
         parts = (self.to_q, self.to_k, self.to_v)
         out = attend_self(
-            functools.partial(self._qkv, eps),
+            functools.partial(self._qkv, eps, packing),
             x,
             scale,
             shift,
@@ -127,12 +129,21 @@ class Attention(Recomputing):
             lengths=lengths,
             chunk_size=chunk_size,
             rotary=rotary,
+            packing=packing,
         )
         last: Any = self.to_out[0]
-        return project_residual(x, out, last, self.to_out[1], gate)
+        return project_residual(x, out, last, self.to_out[1], gate, packing)
 
-    def _qkv(self, eps: float | None, x: Tensor, scale: Tensor | None, shift: Tensor | None, *parts: Tensor) -> Tensor:
-        norm = None if eps is None else Norm(scale, shift, eps)
+    def _qkv(
+        self,
+        eps: float | None,
+        packing: Packing | None,
+        x: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        *parts: Tensor,
+    ) -> Tensor:
+        x, norm = normalised(x, None if eps is None else Norm(scale, shift, eps), packing)
         return projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.heads, -1))
 
 
@@ -144,13 +155,12 @@ class FeedForward(Recomputing):
         project = nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU(approximate="tanh"))
         self.ff = nn.Sequential(project, nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
-    def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None, packing: Packing | None = None) -> Tensor:
         """``x + gate * feed_forward(norm(x))``."""
         layers: Any = self.ff
         inner, dropouts, outer = layers[0][0], (layers[1], None), layers[2]
-        return feed_forward_residual(
-            x, inner, outer, dropouts, activation="gelu_tanh", norm=norm, gate=gate, keep_hidden=self.keeps_products
-        )
+        rule: dict[str, Any] = {"activation": "gelu_tanh", "norm": norm, "gate": gate, "packing": packing}
+        return feed_forward_residual(x, inner, outer, dropouts, keep_hidden=self.keeps_products, **rule)
 
 
 class AdaLayerNorm(nn.Module):
@@ -183,23 +193,30 @@ class DiTBlock(Block):
         return active(self.attn.to_out[1]) or active(self.ff.ff[1])
 
     def _compute(  # type: ignore[override]
-        self, x: Tensor, modulation: Tensor, lengths: Tensor, chunk_size: int, rotary: Tensor
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        lengths: Tensor,
+        chunk_size: int,
+        rotary: Tensor,
+        packing: Packing | None = None,
     ) -> Tensor:
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
-        x = self.attn(x, modulated(shift_attn, scale_attn), gate_attn, lengths, chunk_size, rotary)
-        return self.ff(x, modulated(shift_ff, scale_ff), gate_ff)
+        x = self.attn(x, modulated(shift_attn, scale_attn), gate_attn, lengths, chunk_size, rotary, packing)
+        return self.ff(x, modulated(shift_ff, scale_ff), gate_ff, packing)
 
 
 class Invariants(NamedTuple):
-    """What the evaluations of a solver share: the input's projection but for x, the lengths, the rotary table."""
+    """What the evaluations of a solver share: the input's projection but for x, lengths, packing, the rotary table."""
 
     input: Tensor
     lengths: Tensor
+    packing: Packing | None
     rotary: Tensor
 
 
-class DiT(Recomputing):
+class DiT(Recomputing, Padded):
     """The estimator of CosyVoice 3.
 
     Args:
@@ -255,7 +272,11 @@ class DiT(Recomputing):
     def invariants(self, mask: Tensor, mu: Tensor, spks: Tensor | None, cond: Tensor) -> Invariants:
         """All that depends on neither x nor t."""
         known = self.input_embed.invariant(cond.transpose(1, 2), mu.transpose(1, 2), spks)
-        return Invariants(known, (mask[:, 0] > 0).sum(-1), self.rotary_embed(mu.shape[2]))
+        return Invariants(known, *self._lengths(mask), self.rotary_embed(mu.shape[2]))
+
+    def _lengths(self, mask: Tensor) -> tuple[Tensor, Packing | None]:
+        lengths = (mask[:, 0] > 0).sum(-1)
+        return lengths, packing_of(lengths, mask.shape[2]) if self.exact else None
 
     def forward(
         self,
@@ -281,13 +302,16 @@ class DiT(Recomputing):
         *modulations, last = self.time_table(t.expand(x.shape[0])) if time is None else time
         chunk = self.static_chunk_size if streaming else 0
         if fixed is None:
-            x, lengths = self.input_embed(x, cond, mu, spks), (mask[:, 0] > 0).sum(-1)
-            rotary = self.rotary_embed(x.shape[1])
+            x = self.input_embed(x, cond, mu, spks)
+            (lengths, packing), rotary = self._lengths(mask), self.rotary_embed(x.shape[1])
         else:
-            x, lengths, rotary = self.input_embed.complete(x, fixed.input), fixed.lengths, fixed.rotary
+            x = self.input_embed.complete(x, fixed.input)
+            lengths, packing, rotary = fixed.lengths, fixed.packing, fixed.rotary
         skip = x
+        x = pack(x, packing)
         for block, modulation in zip(self.transformer_blocks, modulations, strict=True):
-            x = block(x, modulation, lengths, chunk, rotary)
+            x = block(x, modulation, lengths, chunk, rotary, packing)
+        x = unpack(x, packing)
         if self.long_skip_connection is not None:
             x = self.long_skip_connection(torch.cat([x, skip], -1))
         scale, shift = last.chunk(2, -1)

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -13,6 +14,7 @@ from fastflow.layers import attend, drop, feed_forward_residual, plain, project_
 from fastflow.ops.attention import length_mask, upstream_lengths
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.padding import Packing, Padded, pack, packing_of, unpack
 from fastflow.recompute import Block, Recomputing
 
 
@@ -44,13 +46,20 @@ class RelPositionMultiHeadedAttention(Recomputing):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(
-        self, x: Tensor, norm: Norm | None, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool
+        self,
+        x: Tensor,
+        norm: Norm | None,
+        lengths: Tensor,
+        chunk_size: int,
+        pos_emb: Tensor,
+        padded_queries: bool,
+        packing: Packing | None = None,
     ) -> Tensor:
         """The heads' outputs for ``norm(x)`` side by side, before ``linear_out``."""
         scale, shift, eps = (None, None, None) if norm is None else norm
         parts = (self.linear_q, self.linear_k, self.linear_v)
         return attend(
-            functools.partial(self._heads, eps),
+            functools.partial(self._heads, eps, packing),
             x,
             scale,
             shift,
@@ -65,11 +74,13 @@ class RelPositionMultiHeadedAttention(Recomputing):
             chunk_size=chunk_size,
             dropout_p=self.dropout_rate if self.training else 0.0,
             padded_queries=padded_queries,
+            packing=packing,
         )
 
     def _heads(
         self,
         eps: float | None,
+        packing: Packing | None,
         x: Tensor,
         scale: Tensor | None,
         shift: Tensor | None,
@@ -80,7 +91,7 @@ class RelPositionMultiHeadedAttention(Recomputing):
         *parts: Tensor,
     ) -> tuple[Tensor, ...]:
         norm = None if eps is None else Norm(scale, shift, eps)
-        qkv = projection(x, parts[:3], parts[3:], norm=norm).unflatten(-1, (3, self.h, self.d_k))
+        qkv = unpack(projection(x, parts[:3], parts[3:], norm=norm), packing).unflatten(-1, (3, self.h, self.d_k))
         position = F.linear(pos_emb, pos_weight)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
         return *split_heads(qkv), position, bias_u.to(qkv.dtype), bias_v.to(qkv.dtype)
 
@@ -96,7 +107,7 @@ class PositionwiseFeedForward(nn.Module):
 
 
 class ConformerEncoderLayer(Block):
-    """Pre-norm self-attention and feed-forward, without macaron and convolution parts."""
+    """Pre-norm self-attention and feed-forward, without macaron and convolution parts; x may be packed."""
 
     def __init__(
         self,
@@ -117,10 +128,16 @@ class ConformerEncoderLayer(Block):
         return self.training and any((self.dropout.p, self.feed_forward.dropout.p, self.self_attn.dropout_rate))
 
     def _compute(  # type: ignore[override]
-        self, x: Tensor, lengths: Tensor, chunk_size: int, pos_emb: Tensor, padded_queries: bool = True
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        chunk_size: int,
+        pos_emb: Tensor,
+        padded_queries: bool = True,
+        packing: Packing | None = None,
     ) -> Tensor:
         norm = Norm(self.norm_mha.weight, self.norm_mha.bias, self.norm_mha.eps)
-        h = self.self_attn(x, norm, lengths, chunk_size, pos_emb, padded_queries)
+        h = self.self_attn(x, norm, lengths, chunk_size, pos_emb, padded_queries, packing)
         x = project_residual(x, h, self.self_attn.linear_out, self.dropout)
         norm, ff = Norm(self.norm_ff.weight, self.norm_ff.bias, self.norm_ff.eps), self.feed_forward
         dropouts = ff.dropout, self.dropout
@@ -157,7 +174,7 @@ _FIXED = {
 }
 
 
-class ConformerEncoder(Recomputing):
+class ConformerEncoder(Recomputing, Padded):
     """The token encoder of CosyVoice 1.
 
     The constructor takes upstream's arguments.  Of the architecture switches only the published values exist:
@@ -246,6 +263,13 @@ class ConformerEncoder(Recomputing):
     def output_size(self) -> int:
         return self._output_size
 
+    def _layers(self, layers: nn.ModuleList, x: Tensor, lengths: Tensor, *rule: Any) -> Tensor:
+        packing = packing_of(lengths, x.shape[1]) if self.exact else None
+        x = pack(x, packing)
+        for layer in layers:
+            x = layer(x, lengths, *rule, packing)
+        return unpack(x, packing)
+
     def forward(
         self, xs: Tensor, xs_lens: Tensor, decoding_chunk_size: int = 0, num_decoding_left_chunks: int = -1
     ) -> tuple[Tensor, Tensor]:
@@ -257,13 +281,12 @@ class ConformerEncoder(Recomputing):
             decoding_chunk_size, num_decoding_left_chunks: ignored, as upstream does without dynamic chunks.
 
         Returns:
-            ``[B, T, output_size]``, where padded positions hold finite values that the length regulator reads, and
-            the validity mask ``[B, 1, T]`` bool.
+            ``[B, T, output_size]``, where padded positions hold finite values that the length regulator reads unless
+            ``padding`` is ``"exact"``, and the validity mask ``[B, 1, T]`` bool.
         """
         x, pos_emb = self.embed(xs)
         lengths = upstream_lengths(xs_lens, xs.shape[1])
-        for layer in self.encoders:
-            x = layer(x, lengths, self.static_chunk_size, pos_emb)
+        x = self._layers(self.encoders, x, lengths, self.static_chunk_size, pos_emb, not self.exact)
         return self.after_norm(x), length_mask(xs_lens, xs.shape[1])[:, None]
 
 
@@ -358,11 +381,11 @@ class UpsampleConformerEncoder(ConformerEncoder):
         x, pos_emb = self.embed(xs)
         if context is not None and context.shape[1]:
             context, _ = self.embed(context)
+        if self.exact:  # the embedding of padding is not zero
+            x = x.masked_fill(~length_mask(xs_lens, x.shape[1])[..., None], 0.0)
         x = self.pre_lookahead_layer(x, context)
-        for layer in self.encoders:
-            x = layer(x, xs_lens, chunk, pos_emb, False)
+        x = self._layers(self.encoders, x, xs_lens, chunk, pos_emb, False)
         x, pos_emb = self.up_embed(self.up_layer(x))
         lengths = 2 * xs_lens
-        for layer in self.up_encoders:
-            x = layer(x, lengths, 2 * chunk, pos_emb, False)
+        x = self._layers(self.up_encoders, x, lengths, 2 * chunk, pos_emb, False)
         return self.after_norm(x), length_mask(lengths, x.shape[1])[:, None]

@@ -7,7 +7,7 @@ from torch's generator too, so that a step reads nothing back from the device ev
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
 from fastflow.length_regulator import MEL_RATE, implied_frames, mel_frames
-from fastflow.lengths import POLICIES, Policy, check_tolerance, resample
+from fastflow.lengths import POLICIES, Policy, check_tolerance, cleared, joined, resample
 from fastflow.ops.attention import length_mask
+from fastflow.padding import Padded
 from fastflow.recompute import Recomputing
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from fastflow.flow_matching import SolverOptions
 
+Batch = Mapping[str, Tensor | Sequence[Tensor]]
 N_TIMESTEPS = 10
 Randomness = Literal["upstream", "device"]
 RANDOMNESS: tuple[str, ...] = get_args(Randomness)
@@ -66,8 +68,17 @@ def _cut(
     }
 
 
-class _Flow(Recomputing):
+class _Flow(Recomputing, Padded):
     """What the three flows share: embeddings, checks of the arguments, condition, loss and solver calls.
+
+    With ``padding = "exact"`` the loss of a batch is, for the same draws of each row, the mean of what the rows give
+    alone, weighted with their frames, and so are the gradients; what lies in the padding is not looked at::
+
+        loss = sum_b sum_t |e_bt|^2 / (80 sum_b n_b) = sum_b n_b loss_b / sum_b n_b
+
+    with e_bt the error of the velocity at frame t of row b, and n_b the frames of the row.  Dropout, which only the
+    encoders of the published sizes have, draws for the frames that are computed: packed rows draw others than padded
+    ones, from the same distribution.
 
     Attributes:
         length_tolerance: mel frames that a row may differ from what its tokens imply; None: any number.
@@ -157,25 +168,34 @@ class _Flow(Recomputing):
         for name, x in ((feat_name, feat), ("embedding", embedding)):
             check_floats(name, x, self.spk_embed_affine_layer.weight)
 
-    def _prepared(self, batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-        """The batch checked, with matching lengths, where it came from."""
-        self._check_batch(batch, device)
-        return self._match(batch)
+    def _prepared(self, batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
+        """The batch padded and checked, with matching lengths, where it came from."""
+        padded = joined(batch, self.output_size)
+        self._check_lengths(padded)
+        if self.exact:
+            padded = cleared(padded)
+        self._check_values(padded, device)
+        return self._match(padded)
 
-    def _check_batch(self, batch: Mapping[str, Tensor], device: torch.device | str) -> None:
+    def _check_lengths(self, batch: Mapping[str, Tensor]) -> None:
         names = ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
         if missing := [name for name in names if name not in batch]:
             raise ValueError(f"batch lacks {', '.join(missing)}")
-        token, token_len, feat, feat_len, embedding = (batch[name] for name in names)
+        token, token_len, feat, feat_len, _ = (batch[name] for name in names)
         check_shape("speech_token", token, (None, None))
         rows, tokens = token.shape
-        check_tokens("speech_token", token, self.vocab_size)
         check_lengths("speech_token_len", token_len, rows, tokens, "speech_token")
         check_shape("speech_feat", feat, (rows, None, self.output_size))
         check_lengths("speech_feat_len", feat_len, rows, feat.shape[1], "speech_feat", fill=self._feat_must_fill)
         if self.on_length_mismatch == "error":
             self._check_frames(tokens, feat.shape[1])
-        self._check_common(token, feat, embedding, "speech_feat")
+            if self.exact:
+                self._check_rows(token_len, feat_len)
+
+    def _check_values(self, batch: Mapping[str, Tensor], device: torch.device | str) -> None:
+        token = batch["speech_token"]
+        check_tokens("speech_token", token, self.vocab_size)
+        self._check_common(token, batch["speech_feat"], batch["embedding"], "speech_feat")
         parameter = self.spk_embed_affine_layer.weight
         if torch.device(device).type != parameter.device.type:
             raise ValueError(f"device is {device} but the module is on {parameter.device}")
@@ -191,6 +211,16 @@ class _Flow(Recomputing):
                 "trim or pad the waveform to whole tokens before the mel, or set on_length_mismatch of the flow to "
                 "'trim' or 'interpolate'"
             )
+
+    def _check_rows(self, token_len: Tensor, feat_len: Tensor) -> None:
+        """As :meth:`_check_frames` of each row alone."""
+        if not (readable(token_len) and readable(feat_len)):
+            return
+        for row, (tokens, frames) in enumerate(zip(token_len.tolist(), feat_len.tolist(), strict=True)):
+            try:
+                self._check_frames(tokens, frames)
+            except ValueError as error:
+                raise ValueError(f"row {row}: {error}") from None
 
     def _loss(
         self,
@@ -325,13 +355,14 @@ class MaskedDiffWithXvec(_Flow):
         return _cut(batch, token_len, feat_len, int(token_len.max()), int(feat_len.max()))
 
     def forward(
-        self, batch: Mapping[str, Tensor], device: torch.device | str, generator: torch.Generator | None = None
+        self, batch: Batch, device: torch.device | str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """The training loss.
 
         Args:
             batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat`` ``[B, Tf, 80]``
-                log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.
+                log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding`` ``[B, 192]`` x-vectors.  Tokens and mel may
+                also be lists of rows, ``[T_i]`` and ``[F_i, 80]``; their lengths may then be left out.
             device: where to compute; the module's.
             generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
                 condition prefixes from; None: torch's own on the device.
@@ -349,7 +380,7 @@ class MaskedDiffWithXvec(_Flow):
         )
         spks = self._speaker(embedding)
         h, _ = self.encoder(self._embed(token, token_len), token_len)
-        h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1])
+        h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1], xlens=token_len)
         return self._loss(batch["speech_feat_len"], feat, length_mask(feat_len, feat.shape[1]), h, spks, generator)
 
     @torch.inference_mode()
@@ -431,14 +462,15 @@ class _CausalFlow(_Flow):
         return _cut(batch, kept, (ratio * kept).to(feat_len), longest, ratio * longest)
 
     def forward(
-        self, batch: Mapping[str, Tensor], device: torch.device | str, generator: torch.Generator | None = None
+        self, batch: Batch, device: torch.device | str, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """The training loss; half of the batches are computed with streaming masks.
 
         Args:
             batch: ``speech_token`` ``[B, Tt]`` int, ``speech_token_len`` ``[B]``, ``speech_feat``
                 ``[B, token_mel_ratio * Tt, 80]`` log-mel, ``speech_feat_len`` ``[B]`` frames, ``embedding``
-                ``[B, 192]`` x-vectors.
+                ``[B, 192]`` x-vectors.  Tokens and mel may also be lists of rows, ``[T_i]`` and
+                ``[token_mel_ratio * T_i, 80]``; their lengths may then be left out.
             device: where to compute; the module's.
             generator: to draw the time, the noise, the guidance dropout and, with ``randomness = "device"``, the
                 condition prefixes from; None: torch's own on the device.

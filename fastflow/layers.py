@@ -17,6 +17,7 @@ from fastflow.ops.dropout import dropout
 from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.padding import Packing, normalised, pack, scaled
 from fastflow.recompute import records, replayed
 
 
@@ -46,14 +47,21 @@ def drop(x: Tensor, layer: nn.Module | None) -> Tensor:
 
 
 def project_residual(
-    x: Tensor, y: Tensor, linear: nn.Linear, last: nn.Module | None, gate: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    linear: nn.Linear,
+    last: nn.Module | None,
+    gate: Tensor | None = None,
+    packing: Packing | None = None,
 ) -> Tensor:
-    """``x + gate * last(linear(y))``, with a gate ``[B, C]`` or without, and a dropout or None last."""
+    """``x + gate * last(linear(y))``, with a gate ``[B, C]`` or without, and a dropout or None last.
+
+    A gate of packed x needs the packing.
+    """
     plain(linear)
-    if not active(last):
+    if packing is None and not active(last):
         return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
-    y = drop(projection(y, [linear.weight], [linear.bias]), last)
-    return x + (y if gate is None else gate[:, None] * y)
+    return x + scaled(drop(projection(y, [linear.weight], [linear.bias]), last), gate, packing)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:
@@ -61,11 +69,18 @@ def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in qkv.unbind(2))
 
 
-def attend(heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, keep_heads: bool, **options: Any) -> Tensor:
+def attend(
+    heads: Callable[..., Sequence[Tensor]],
+    *tensors: Tensor | None,
+    keep_heads: bool,
+    packing: Packing | None = None,
+    **options: Any,
+) -> Tensor:
     """Attention of ``heads(*tensors)``, (q, k, v) or (q, k, v, position, bias_u, bias_v), with the heads side by side.
 
     Args:
         keep_heads: whether q, k and v are kept for the backward pass; else they are formed again there.
+        packing: of the result.
         options: as for :func:`attention`.
     """
     if keep_heads:
@@ -73,16 +88,25 @@ def attend(heads: Callable[..., Sequence[Tensor]], *tensors: Tensor | None, keep
         out = attention(q, k, v, rel_pos=RelativePosition(*rel) if rel else None, **options)
     else:
         out = restored_attention(heads, *tensors, **options)
-    return out.transpose(1, 2).flatten(2)
+    return pack(out.transpose(1, 2).flatten(2), packing)
 
 
-def attend_self(qkv: Callable[..., Tensor], *tensors: Tensor | None, keep_qkv: bool, **options: Any) -> Tensor:
+def attend_self(
+    qkv: Callable[..., Tensor],
+    *tensors: Tensor | None,
+    keep_qkv: bool,
+    lengths: Tensor,
+    packing: Packing | None = None,
+    **options: Any,
+) -> Tensor:
     """Self-attention of ``qkv(*tensors)``, ``[B, T, 3, H, D]``, with the heads side by side.
 
     Args:
         keep_qkv: whether qkv is kept for the backward pass; else it is formed again there.
-        options: as for :func:`self_attention`.
+        packing: of qkv and of the result.
+        lengths, options: as for :func:`self_attention`.
     """
+    options |= {"lengths": lengths} if packing is None else {"sizes": packing.sizes}
     out = self_attention(qkv(*tensors), **options) if keep_qkv else restored_self_attention(qkv, *tensors, **options)
     return out.flatten(2)
 
@@ -97,18 +121,26 @@ def feed_forward_residual(
     norm: Norm | None,
     gate: Tensor | None = None,
     keep_hidden: bool = True,
+    packing: Packing | None = None,
 ) -> Tensor:
-    """``x + gate * last(outer(first(activation(inner(norm(x))))))``, with ``dropouts`` first and last."""
+    """``x + gate * last(outer(first(activation(inner(norm(x))))))``, with ``dropouts`` first and last.
+
+    Packed x needs the packing if norm or gate differ between rows.
+    """
     first, last = dropouts
     plain(inner), plain(outer)
-    if not active(first) and not active(last):
-        parameters = inner.weight, inner.bias, outer.weight, outer.bias
+    drops = active(first) or active(last)
+    parameters = inner.weight, inner.bias, outer.weight, outer.bias
+    if packing is None and not drops:
         return feed_forward(x, *parameters, activation=activation, norm=norm, gate=gate, keep_hidden=keep_hidden)
 
-    def dropped(x: Tensor) -> Tensor:
-        h = drop(ACTIVATIONS[activation](projection(x, [inner.weight], [inner.bias], norm=norm)), first)
-        return project_residual(x, h, outer, last, gate)
+    def in_parts(x: Tensor) -> Tensor:
+        y, rest = normalised(x, norm, packing)
+        if drops:
+            h = drop(ACTIVATIONS[activation](projection(y, [inner.weight], [inner.bias], norm=rest)), first)
+            return project_residual(x, h, outer, last, gate, packing)
+        return x + scaled(feed_forward(y, *parameters, activation=activation, norm=rest, residual=False), gate, packing)
 
     if keep_hidden or not records(inner, x):
-        return dropped(x)
-    return replayed(dropped, x, draws=True)
+        return in_parts(x)
+    return replayed(in_parts, x, draws=drops)

@@ -11,6 +11,7 @@ from fastflow.ops.attention import length_mask
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.interpolate import interpolate
 from fastflow.ops.projection import projection
+from fastflow.padding import Padded
 from fastflow.recompute import Recomputing
 
 EDGE_TOKENS = 20  # the runtime's chunks overlap by this many tokens, so both ends must map to a fixed mel length
@@ -29,7 +30,7 @@ def implied_frames(tokens: Tensor, frame_rate: float) -> Tensor:
     return (tokens.double() / frame_rate * 22050 / 256).long()
 
 
-class InterpolateRegulator(Recomputing):
+class InterpolateRegulator(Recomputing, Padded):
     """Linear resampling, then for every sampling ratio a convolution, GroupNorm and Mish, then a projection.
 
     Only the number of ``sampling_ratios`` matters, as upstream.
@@ -45,20 +46,32 @@ class InterpolateRegulator(Recomputing):
             model += [nn.Conv1d(channels, channels, 3, padding=1), nn.GroupNorm(groups, channels), nn.Mish()]
         self.model = nn.Sequential(*model, nn.Conv1d(channels, out_channels or channels, 1))
 
-    def forward(self, x: Tensor, ylens: Tensor, frames: int | None = None) -> tuple[Tensor, Tensor]:
-        """Training: stretch the whole padded row to the longest target.
+    def forward(
+        self, x: Tensor, ylens: Tensor, frames: int | None = None, xlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Training: stretch the whole padded row to the longest target, or (exact) each row's tokens to its own.
 
         Args:
-            x: ``[B, T, channels]``; padded positions take part, as upstream.
+            x: ``[B, T, channels]``; padded positions take part, as upstream, except with ``padding = "exact"``.
             ylens: ``[B]`` mel frames of each row.
             frames: ``max(ylens)`` if it is known, which saves reading ``ylens`` from the device.
+            xlens: ``[B]`` tokens of each row, which ``padding = "exact"`` needs and nothing else reads.
 
         Returns:
             ``[B, frames, out_channels]``, zero past each row's length, and ``ylens``.
+
+        Raises:
+            ValueError: ``padding`` is ``"exact"`` and xlens is None.
         """
         if frames is None:
             frames = int(ylens.max())
-        y = self._convolve(interpolate(x, [(x.shape[1], frames)], frames))
+        if not self.exact:
+            y = self._convolve(interpolate(x, [(x.shape[1], frames)], frames))
+        elif xlens is None:
+            raise ValueError("padding 'exact' needs xlens, the tokens of each row")
+        else:
+            rows = torch.stack([xlens.to(ylens), ylens], 1)[:, None].long()
+            y = self._convolve(interpolate(x, rows, frames), ylens)
         return y * length_mask(ylens, frames)[..., None], ylens
 
     def inference(
@@ -85,12 +98,13 @@ class InterpolateRegulator(Recomputing):
         frames = mel_len1 + mel_len2
         return self._convolve(interpolate(torch.cat([x1, x2], 1), segments, frames)), frames
 
-    def _convolve(self, x: Tensor) -> Tensor:
-        """``[B, T, channels]`` -> ``[B, T, out_channels]``."""
+    def _convolve(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``[B, T, channels]`` -> ``[B, T, out_channels]``; with lengths, frames past them do not take part."""
         layers: Any = self.model
         *blocks, last = layers
         for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
             parameters = plain(conv, nn.Conv1d).weight, conv.bias, norm.weight, norm.bias
             keep = self.recompute == "none"
-            x = conv_block(x, *parameters, groups=norm.num_groups, eps=norm.eps, keep_product=keep)
+            rule: dict[str, Any] = {"groups": norm.num_groups, "eps": norm.eps, "keep_product": keep}
+            x = conv_block(x, *parameters, lengths=lengths, padding=self.padding, **rule)
         return projection(x, [plain(last, nn.Conv1d).weight[:, :, 0]], [last.bias])

@@ -1,15 +1,18 @@
-"""Mel frames and speech tokens that do not belong together: found, and put right.
+"""Rows of a batch: padded and cleared; mel frames and speech tokens that do not belong together, found and put right.
 
 A row of n tokens implies ``token_mel_ratio * n`` frames in CosyVoice 2 and 3, and ``int(n / rate * 22050 / 256)`` in
 CosyVoice 1, whose length regulator stretches any n to any number of frames all the same.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastflow.checks import readable
+from fastflow.ops.attention import length_mask
 
 Policy = Literal["error", "trim", "interpolate"]
 POLICIES: tuple[str, ...] = get_args(Policy)
@@ -57,3 +60,44 @@ def resample(mel: Tensor, lengths: Tensor, targets: Tensor, frames: int) -> Tens
 
     stretched = (1 - weight) * take(left) + weight * take(right)
     return stretched.masked_fill((place >= targets[:, None])[..., None], 0.0)
+
+
+def _joined(name: str, rows: Sequence[Tensor], shape: str, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Rows of any length padded with zeros, and their lengths; ``sizes`` are those of their other dimensions."""
+    if not rows:
+        raise ValueError(f"{name} holds no rows")
+    for n, row in enumerate(rows):
+        if not isinstance(row, Tensor):
+            given, inside = type(rows).__name__, type(row).__name__
+            raise TypeError(f"{name} must be a tensor, got {given}, or a list of tensors, got {inside} in row {n}")
+        if not row.dim() or row.shape[1:] != sizes:
+            raise ValueError(f"{name} must hold tensors {shape}; got {list(row.shape)} in row {n}")
+    return pad_sequence(list(rows), batch_first=True), torch.tensor([row.shape[0] for row in rows])
+
+
+def joined(batch: Mapping[str, Tensor | Sequence[Tensor]], channels: int) -> dict[str, Tensor]:
+    """The batch with ``speech_token`` and ``speech_feat`` (``channels`` wide) padded where they are lists of rows.
+
+    Raises:
+        ValueError, TypeError: rows that are no such tensors, or lengths beside them that are not theirs, by name.
+    """
+    padded = dict(batch)
+    shapes = {"speech_token": ("[tokens]", ()), "speech_feat": (f"[frames, {channels}]", (channels,))}
+    for name, shape in shapes.items():
+        if not isinstance(rows := padded.get(name), (list, tuple)):
+            continue
+        padded[name], lengths = _joined(name, rows, *shape)
+        given = padded.setdefault(f"{name}_len", lengths)
+        if isinstance(given, Tensor) and readable(given) and given.tolist() != lengths.tolist():
+            raise ValueError(f"{name}_len is {given.tolist()}, but the rows of {name} have lengths {lengths.tolist()}")
+    return padded  # type: ignore[return-value]
+
+
+def cleared(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with zeros in the padding of tokens and mel, whatever was there."""
+    zeros = {}
+    for name in ("speech_token", "speech_feat"):
+        x = batch[name]
+        valid = length_mask(batch[f"{name}_len"].to(x.device, non_blocking=True), x.shape[1])
+        zeros[name] = x.masked_fill(~valid.view(*valid.shape, *[1] * (x.dim() - 2)), 0)
+    return dict(batch) | zeros

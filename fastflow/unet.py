@@ -17,6 +17,7 @@ from fastflow.layers import active, attend_self, feed_forward_residual, plain, p
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.padding import Packing, Padded, pack, packing_of, unpack
 from fastflow.recompute import Block, Recomputing
 
 
@@ -55,7 +56,7 @@ class CausalConv1d(nn.Conv1d):
         return super().forward(F.pad(x, (self.kernel_size[0] - 1, 0)))
 
 
-class Block1D(Recomputing):
+class Block1D(Recomputing, Padded):
     """``Mish(norm(conv3(x * mask))) * mask``."""
 
     def __init__(self, dim: int, dim_out: int, causal: bool) -> None:
@@ -81,6 +82,7 @@ class Block1D(Recomputing):
             causal=self.causal,
             time_bias=time_bias,
             eps=norm.eps,
+            padding=self.padding,
             keep_product=self.keeps_products,
         )
 
@@ -95,11 +97,13 @@ class ResnetBlock1D(Block):
         self.block2 = Block1D(dim_out, dim_out, causal)
         self.res_conv = nn.Conv1d(dim, dim_out, 1)
 
-    def _compute(self, x: Tensor, lengths: Tensor, time_bias: Tensor) -> Tensor:  # type: ignore[override]
-        """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives."""
+    def _compute(  # type: ignore[override]
+        self, x: Tensor, lengths: Tensor, time_bias: Tensor, packing: Packing | None = None
+    ) -> Tensor:
+        """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives.  The result is packed, x is not."""
         h = self.block2(self.block1(x, lengths, time_bias), lengths)
         last = plain(self.res_conv, nn.Conv1d)
-        return projection(x, [last.weight[:, :, 0]], [last.bias], residual=h)
+        return projection(pack(x, packing), [last.weight[:, :, 0]], [last.bias], residual=pack(h, packing))
 
 
 class Attention(Recomputing):
@@ -113,7 +117,9 @@ class Attention(Recomputing):
         self.to_v = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), nn.Dropout(dropout)])
 
-    def forward(self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int) -> Tensor:
+    def forward(
+        self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int, packing: Packing | None = None
+    ) -> Tensor:
         """``x + attention(norm(x))``."""
         out = attend_self(
             functools.partial(self._qkv, norm.eps),
@@ -124,6 +130,7 @@ class Attention(Recomputing):
             keep_qkv=self.keeps_products,
             lengths=lengths,
             chunk_size=chunk_size,
+            packing=packing,
         )
         last: Any = self.to_out[0]
         return project_residual(x, out, last, self.to_out[1])
@@ -157,7 +164,7 @@ class FeedForward(Recomputing):
 
 
 class TransformerBlock(Block):
-    """Pre-norm attention and feed-forward on ``[B, T, C]``."""
+    """Pre-norm attention and feed-forward on ``[B, T, C]``, or ``[1, N, C]`` with a packing."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, dropout: float) -> None:
         super().__init__()
@@ -170,8 +177,10 @@ class TransformerBlock(Block):
     def draws(self) -> bool:
         return active(self.attn1.to_out[1]) or active(self.ff.net[1])
 
-    def _compute(self, x: Tensor, lengths: Tensor, chunk_size: int) -> Tensor:  # type: ignore[override]
-        x = self.attn1(x, Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps), lengths, chunk_size)
+    def _compute(  # type: ignore[override]
+        self, x: Tensor, lengths: Tensor, chunk_size: int, packing: Packing | None = None
+    ) -> Tensor:
+        x = self.attn1(x, Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps), lengths, chunk_size, packing)
         return self.ff(x, Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps))
 
 
@@ -189,23 +198,26 @@ class Resample(nn.Module):
 class Stage(nn.ModuleList):
     """A resnet block, transformer blocks and, except in the middle, the resampling that the caller applies after."""
 
-    def forward(self, x: Tensor, lengths: Tensor, time_bias: Tensor, chunk_size: int) -> Tensor:
-        x = self[0](x, lengths, time_bias)
+    def forward(
+        self, x: Tensor, lengths: Tensor, time_bias: Tensor, chunk_size: int, packing: Packing | None
+    ) -> Tensor:
+        x = self[0](x, lengths, time_bias, packing)
         blocks: Any = self[1]
         for block in blocks:
-            x = block(x, lengths, chunk_size)
-        return x
+            x = block(x, lengths, chunk_size, packing)
+        return unpack(x, packing)
 
 
 class Invariants(NamedTuple):
-    """What the evaluations of a solver share: all input channels but those of x, and by level the masks and lengths."""
+    """What the evaluations of a solver share: all channels but those of x, and by level masks, lengths, packing."""
 
     input: Tensor
     masks: list[Tensor]
     lengths: list[Tensor]
+    packings: list[Packing | None]
 
 
-class ConditionalDecoder(Recomputing):
+class ConditionalDecoder(Recomputing, Padded):
     """The U-Net of CosyVoice 1.  ``channels`` has one entry per level; between two levels time is halved.
 
     Args:
@@ -292,7 +304,9 @@ class ConditionalDecoder(Recomputing):
         masks = [mask[:, 0, :, None]]
         for _ in self.down_blocks[1:]:
             masks.append(masks[-1][:, ::2])
-        return Invariants(torch.cat(parts, 2), masks, [(m[..., 0] > 0).sum(-1) for m in masks])
+        lengths = [(m[..., 0] > 0).sum(-1) for m in masks]
+        packings = [packing_of(n, m.shape[1]) if self.exact else None for n, m in zip(lengths, masks, strict=True)]
+        return Invariants(torch.cat(parts, 2), masks, lengths, packings)
 
     def forward(
         self,
@@ -323,23 +337,24 @@ class ConditionalDecoder(Recomputing):
             ``[B, 80, T]``, zero at padded frames.
         """
         biases = iter(self.time_table(t.expand(x.shape[0])) if time is None else time)
-        known, masks, lengths = self.invariants(mask, mu, spks, cond) if fixed is None else fixed
+        known, *parts = self.invariants(mask, mu, spks, cond) if fixed is None else fixed
+        levels = list(zip(*parts, strict=True))
         x = torch.cat([x.transpose(1, 2), known], 2)
         chunk = self.static_chunk_size if streaming else 0
 
         skips: list[Tensor] = []
-        for stage, m, length in zip(self.down_blocks, masks, lengths, strict=True):
-            skips.append(stage(x, length, next(biases), chunk))
-            x = conv(stage[2], skips[-1] * m)
+        for stage, (mask, lengths, packing) in zip(self.down_blocks, levels, strict=True):
+            skips.append(stage(x, lengths, next(biases), chunk, packing))
+            x = conv(stage[2], skips[-1] * mask)
         for stage in self.mid_blocks:
-            x = stage(x, lengths[-1], next(biases), chunk)
-        for stage, m, length, skip in zip(self.up_blocks, masks[::-1], lengths[::-1], skips[::-1], strict=True):
-            x = stage(torch.cat([x[:, : skip.shape[1]], skip], 2), length, next(biases), chunk)
-            x = conv(stage[2], x * m)
-        x = self.final_block(x, lengths[0])
+            x = stage(x, lengths, next(biases), chunk, packing)
+        for stage, (mask, lengths, packing), skip in zip(self.up_blocks, levels[::-1], skips[::-1], strict=True):
+            x = stage(torch.cat([x[:, : skip.shape[1]], skip], 2), lengths, next(biases), chunk, packing)
+            x = conv(stage[2], x * mask)
+        x = self.final_block(x, lengths)
         last = plain(self.final_proj, nn.Conv1d)
         x = projection(x, [last.weight[:, :, 0]], [last.bias])
-        return (x * masks[0]).transpose(1, 2)
+        return (x * mask).transpose(1, 2)
 
 
 class CausalConditionalDecoder(ConditionalDecoder):

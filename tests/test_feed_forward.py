@@ -297,9 +297,20 @@ def test_opcheck(kernel_backend, device):
     for save_hidden in (True, False):
         torch.library.opcheck(forward, (*arguments, save_hidden))
     hidden = forward(*arguments, True)[2]
-    torch.library.opcheck(op("activation_backward", kernel_backend), (torch.randn_like(hidden), hidden, 3))
     if kernel_backend != "cpu":
         torch.library.opcheck(op("activation_forward", kernel_backend), (hidden, 3))
+        torch.library.opcheck(op("activation_backward", kernel_backend), (torch.randn_like(hidden), hidden, 3))
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, False)], ids=str)
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_opcheck_of_the_backward_pass_of_a_cpu(gated, wanted):
+    t, grad, _ = make("dit")
+    hidden, stats = torch.randn(*t["x"].shape[:2], t["w1"].shape[0]), torch.randn(2, *t["x"].shape[:2])
+    gate = t["gate"] if gated else None
+    for norm in ((t["scale"], t["shift"], True), (None, None, False)):
+        given = (grad, grad, t["x"], stats, hidden, t["w1"], t["w2"], t["b2"], 2, *norm, gate, True, *wanted)
+        torch.library.opcheck(op("feed_forward_backward", "cpu"), given)
 
 
 @pytest.fixture

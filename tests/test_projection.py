@@ -249,9 +249,21 @@ def test_opcheck(kernel_backend, device):
     rest = (t["residual"], t["gate"])
     torch.library.opcheck(op("projection", kernel_backend), (*arguments, *rest))
     torch.library.opcheck(op("projection", kernel_backend), (*arguments[:3], None, None, None, None, None))
-    stats = op("projection", kernel_backend)(*arguments, *rest)[1]
-    backward = (torch.randn_like(t["x"]), t["x"], stats, t["scale"], t["shift"], t["x"])
-    torch.library.opcheck(op("norm_backward", kernel_backend), backward)
+
+
+@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
+def test_opcheck_of_the_backward_pass_of_a_cpu(gated):
+    t, grad = make("everything")
+    weights, stats = [t["weight0"], t["weight1"]], torch.randn(2, *t["x"].shape[:2])
+    gate, bias = (t["gate"], torch.randn(grad.shape[2])) if gated else (None, None)
+    for normalises, wanted in (
+        (True, (True, True, True)),
+        (False, (False, True, False)),
+        (False, (True, False, False)),
+    ):
+        norm = (t["scale"], None) if normalises else (None, None)
+        given = (grad, grad, t["x"], stats, weights, bias, *norm, normalises, gate, *wanted)
+        torch.library.opcheck(op("projection_backward", "cpu"), given)
 
 
 @pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
@@ -259,7 +271,10 @@ def test_opcheck_of_the_passes_of_a_gpu(gated, kernel_backend, device):
     if kernel_backend == "cpu":
         pytest.skip("a CPU kernel is one pass")
     t, _ = make("everything", device=device, widths=(24,))
+    normal, stats = op("norm_forward", kernel_backend)(t["x"], t["scale"], None, 1e-5)
     torch.library.opcheck(op("norm_forward", kernel_backend), (t["x"], t["scale"], None, 1e-5))
+    backward = (torch.randn_like(normal), t["x"], stats, t["scale"], t["shift"], t["x"])
+    torch.library.opcheck(op("norm_backward", kernel_backend), backward)
     gate, bias = (t["gate"], t["bias0"]) if gated else (None, None)
     torch.library.opcheck(op("gated_residual", kernel_backend), (t["x"], t["residual"], gate))
     products, sums = torch.randn(2, 24, 24, device=device), torch.randn(2, 24, device=device)

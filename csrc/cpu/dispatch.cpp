@@ -26,6 +26,8 @@ namespace {
    &capability::feed_forward_forward,   \
    &capability::norm_backward,          \
    &capability::activation_backward,    \
+   &capability::column_sums,            \
+   &capability::add_gated_gradient,     \
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
    &capability::conv_block_run,         \

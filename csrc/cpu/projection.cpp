@@ -73,6 +73,39 @@ void norm_chunk(const NormBackwardArgs& args, int64_t b, int64_t chunk, int64_t 
   }
 }
 
+constexpr int64_t kSummed = 64;  // columns at a time
+
+template <typename Real>
+void sum_columns(const Real* x, int64_t rows, int64_t stride, int64_t columns, Real* __restrict sums) {
+  if (rows > kNormChunk) {
+    Real rest[kSummed];
+    sum_columns(x, rows / 2, stride, columns, sums);
+    sum_columns(x + rows / 2 * stride, rows - rows / 2, stride, columns, rest);
+    for (int64_t c = 0; c < columns; ++c) sums[c] += rest[c];
+    return;
+  }
+  std::fill_n(sums, columns, Real{});
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < columns; ++c) sums[c] += x[i * stride + c];
+}
+
+template <typename Real>
+void add_gated(const GatedGradientArgs& args, int64_t n) {
+  const int64_t first = n * args.channels;
+  const Real *products = static_cast<const Real*>(args.products) + first,
+             *weight = static_cast<const Real*>(args.weight) + first;
+  const Real gate = static_cast<const Real*>(args.gate)[n], sum = static_cast<const Real*>(args.sums)[n];
+  Real* __restrict grad_weight = static_cast<Real*>(args.grad_weight) + first;
+  Vector<Real> along = {};
+  int64_t c = 0;
+  for (; c + kLanes<Real> <= args.channels; c += kLanes<Real>) along += load(products + c) * load(weight + c);
+  Real grad_gate = reduce<Real>(along, [](Vector<Real> a, Vector<Real> b) { return a + b; });
+  for (; c < args.channels; ++c) grad_gate += products[c] * weight[c];
+  for (c = 0; c < args.channels; ++c) grad_weight[c] += gate * products[c];
+  static_cast<Real*>(args.grad_bias)[n] += gate * sum;
+  static_cast<Real*>(args.grad_gate)[n] = grad_gate + (args.bias ? static_cast<const Real*>(args.bias)[n] * sum : 0);
+}
+
 template <typename Visit>
 void with_wide(Dtype dtype, const Visit& visit) {
   with_dtype(dtype, [&](auto zero) { visit(Wide<decltype(zero)>{}); });
@@ -131,6 +164,21 @@ void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, i
       read_vector<Real>(args.shift, n / chunks, args.channels, 0, shift);
       norm_chunk<Real>(args, n / chunks, n % chunks, chunks, scale, shift);
     }
+  });
+}
+
+void column_sums(const void* x, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin, int64_t end) {
+  with_wide(dtype, [&](auto zero) {
+    using Real = decltype(zero);
+    for (int64_t c = begin; c < end; c += kSummed)
+      sum_columns(static_cast<const Real*>(x) + c, rows, stride, min_of(kSummed, end - c),
+                  static_cast<Real*>(sums) + c);
+  });
+}
+
+void add_gated_gradient(const GatedGradientArgs& args, Dtype dtype, int64_t begin, int64_t end) {
+  with_wide(dtype, [&](auto zero) {
+    for (int64_t n = begin; n < end; ++n) add_gated<decltype(zero)>(args, n);
   });
 }
 

@@ -9,7 +9,7 @@ product restores it.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,26 @@ from torch.utils.checkpoint import checkpoint
 from fastflow import backend as _backend
 from fastflow.ops.norm import (
     Norm,
+    NormBackward,
     check_like,
     check_norm,
     check_signal,
     gated,
     norm_backward,
     norm_ref,
-    working,
+    to_wide,
 )
 from fastflow.ops.packed import packed_weights
 from fastflow.ops.projection import (
+    NO_GRADIENTS,
     cast,
     fake_stats,
+    fake_vectors,
+    fake_weight_gradients,
     linear_on_gpu,
     normalised_on_gpu,
     product,
+    scaled_by,
     to_input,
     weight_gradients,
 )
@@ -75,6 +80,16 @@ def _feed_forward_fake(  # type: ignore[no-untyped-def]
     return x.new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
 
 
+def _feed_forward_backward_fake(  # type: ignore[no-untyped-def]
+    grad, scaled, x, stats, hidden, w1, w2, b2, activation, scale, shift, normalises, gate, residual, *wanted
+):
+    wants_x, wants_first, wants_second = wanted
+    grad_x = x.new_empty(x.shape if wants_x or normalises else (0,))
+    first = fake_weight_gradients(x, *w1.shape, None, wants_first, True)[:2]
+    second = fake_weight_gradients(x, *w2.shape, gate, wants_second, True)
+    return grad_x, *first, *second[:2], *fake_vectors(x, scale, shift), second[2]
+
+
 def _activation_backward_fake(grad, hidden, activation):  # type: ignore[no-untyped-def]
     return hidden.new_empty(hidden.shape), hidden.new_empty(hidden.shape)
 
@@ -101,6 +116,14 @@ define(
     functools.partial(on_gpu, "triton"),
 )
 torch.library.impl("fastflow::feed_forward", "cuda", functools.partial(on_gpu, "cuda"))
+define(
+    "feed_forward_backward",
+    "(Tensor grad, Tensor scaled, Tensor x, Tensor stats, Tensor hidden, Tensor w1, Tensor w2, Tensor? b2, "
+    "int activation, Tensor? scale, Tensor? shift, bool normalises, Tensor? gate, bool residual, bool wants_x, "
+    "bool wants_first, bool wants_second) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _feed_forward_backward_fake,
+    None,
+)
 define(
     "activation_forward",
     "(Tensor hidden, int activation) -> Tensor",
@@ -130,42 +153,70 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         stats, hidden, *tensors = ctx.saved_tensors
         x, w1, b1, w2, b2, scale, shift, gate = tensors
-        needs, backend = ctx.needs_input_grad, ctx.backend
+        needs, normalises = ctx.needs_input_grad, ctx.eps is not None
+        backward = _backward_on_cpu if ctx.backend == "cpu" else functools.partial(_backward_on_gpu, ctx.backend)
         with torch.autocast(x.device.type, enabled=False):
             if not ctx.keep_hidden:
-                hidden = product(x, [w1], [b1], scale, shift, ctx.eps, backend)
-            grad, normalised, first_weight, second_weight = (working(t, backend) for t in (grad_out, x, w1, w2))
-            factors, second_bias = (None if t is None else working(t, backend) for t in (gate, b2))
-            grad_y = grad if factors is None else grad * factors[:, None]
-            activated, grad_hidden = op("activation_backward", backend)(
-                (grad_y @ second_weight).contiguous(), working(hidden, backend), ctx.activation
-            )
-            second = first = grad_x = grad_scale = grad_shift = None
-            if needs[3] or needs[4] or needs[7]:
-                second = weight_gradients(grad, activated, backend, second_weight, second_bias, factors)
-            if needs[0] or ctx.eps is not None:
-                grad_x = grad_hidden @ first_weight
-            if ctx.eps is not None:
-                beside = grad if ctx.residual else None
-                grad_x, normalised, grad_scale, grad_shift = norm_backward(
-                    grad_x, normalised, stats, scale, shift, beside, backend
-                )
-            elif grad_x is not None and ctx.residual:
+                hidden = product(x, [w1], [b1], scale, shift, ctx.eps, ctx.backend)
+            found = backward(
+                grad, x, stats, hidden, w1, w2, b2, ctx.activation, scale, shift, normalises, gate, ctx.residual,
+                needs[0], needs[1] or needs[2], needs[3] or needs[4] or needs[7],
+            )  # fmt: skip
+            grad_x = to_input(found.x, x)
+            if grad_x is not None and ctx.residual and not normalises:
                 grad_x = grad_x + grad
-            if needs[1] or needs[2]:
-                first = weight_gradients(grad_hidden, normalised, backend)
-        return (
-            to_input(grad_x, x),
-            *((to_input(first.weight, w1), to_input(first.bias, b1)) if first else (None, None)),
-            *((to_input(second.weight, w2), to_input(second.bias, b2)) if second else (None, None)),
-            grad_scale,
-            grad_shift,
-            to_input(second.gate, gate) if second else None,
-            *[None] * 5,
-        )
+        of_parameters = zip(found[1:], (w1, b1, w2, b2, scale, shift, gate), strict=True)
+        return grad_x, *(to_input(g, t) for g, t in of_parameters), *[None] * 5
+
+
+class Gradients(NamedTuple):
+    """None is what is not wanted, or not there."""
+
+    x: Tensor | None
+    w1: Tensor | None
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    gate: Tensor | None
+
+
+def _backward_on_cpu(  # type: ignore[no-untyped-def]
+    grad, x, stats, hidden, w1, w2, b2, activation, scale, shift, normalises, gate, residual,
+    wants_x, wants_first, wants_second,
+) -> Gradients:  # fmt: skip
+    tensors = grad.contiguous(), x.contiguous(), hidden.contiguous(), w1, w2, b2, scale, shift, gate
+    grad, x, hidden, w1, w2, b2, scale, shift, gate = (to_wide(t) for t in tensors)
+    found = op("feed_forward_backward", "cpu")(
+        grad, scaled_by(grad, gate), x, stats, hidden, w1, w2, b2, activation, scale, shift, normalises, gate, residual,
+        wants_x, wants_first, wants_second,
+    )  # fmt: skip
+    there = (
+        *(wants_x, wants_first, wants_first, wants_second, wants_second),
+        *(scale is not None, shift is not None, wants_second and gate is not None),
+    )
+    return Gradients(*(t if is_there else None for t, is_there in zip(found, there, strict=True)))
+
+
+def _backward_on_gpu(  # type: ignore[no-untyped-def]
+    backend, grad, x, stats, hidden, w1, w2, b2, activation, scale, shift, normalises, gate, residual,
+    wants_x, wants_first, wants_second,
+) -> Gradients:  # fmt: skip
+    activated, grad_hidden = op("activation_backward", backend)(
+        (scaled_by(grad, gate) @ w2).contiguous(), hidden, activation
+    )
+    norm = NormBackward(grad_hidden @ w1 if wants_x or normalises else None, x, None, None)
+    if normalises:
+        norm = norm_backward(norm.grad_x, x, stats, scale, shift, grad if residual else None, backend)
+    first = weight_gradients(grad_hidden, norm.normalised, backend) if wants_first else NO_GRADIENTS
+    second = weight_gradients(grad, activated, backend, w2, b2, gate) if wants_second else NO_GRADIENTS
+    return Gradients(
+        norm.grad_x, first.weight, first.bias, second.weight, second.bias, norm.grad_scale, norm.grad_shift, second.gate
+    )
 
 
 # ------------------------------------------------------------------------------------------------ public

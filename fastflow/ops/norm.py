@@ -85,13 +85,9 @@ def sum_type(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def wide(x: Tensor) -> Tensor:
-    return x.to(sum_type(x))
-
-
-def working(x: Tensor, backend: str) -> Tensor:
-    """What the backward pass computes from: on a CPU in the dtype of sums, on a GPU products and passes widen it."""
-    return wide(x) if backend == "cpu" else x
+def to_wide(x: Tensor | None) -> Tensor | None:
+    """In the dtype of sums, in which the backward passes of the CPU compute."""
+    return None if x is None else x.to(sum_type(x))
 
 
 def _norm_forward_fake(x, scale, shift, eps):  # type: ignore[no-untyped-def]
@@ -128,14 +124,14 @@ def sum_like(x: Tensor, like: Tensor | None) -> Tensor | None:
 class NormBackward(NamedTuple):
     """What :func:`norm_backward` finds: the gradient of x, the normalised x, and the gradients of scale and shift."""
 
-    grad_x: Tensor
+    grad_x: Tensor | None
     normalised: Tensor
     grad_scale: Tensor | None
     grad_shift: Tensor | None
 
 
 def norm_backward(
-    grad: Tensor,
+    grad: Tensor | None,
     x: Tensor,
     stats: Tensor,
     scale: Tensor | None,
@@ -143,18 +139,18 @@ def norm_backward(
     grad_residual: Tensor | None,
     backend: str,
 ) -> NormBackward:
-    """One pass over the frames: the norm again, from its saved mean and deviation, and its gradients.
+    """One pass over the frames on a GPU: the norm again, from its saved mean and deviation, and its gradients.
 
     Args:
-        grad: of the normalised x, ``[B, T, C]``, like ``x`` and ``grad_residual``; on a CPU float32 or float64.
+        grad: of the normalised x, ``[B, T, C]``, like ``x`` and ``grad_residual``.
         x: the input of the norm.
         stats: ``[2, B, T]``, mean and 1 / deviation.
-        scale, shift: of the norm, in their own dtype.
+        scale, shift: of the norm.
         grad_residual: what reaches x beside the norm, or None.
         backend: of the forward pass.
     """
-    factors = [None if p is None else working(p, backend) for p in (scale, shift)]
+    assert grad is not None
     beside = None if grad_residual is None else grad_residual.contiguous()
     backward = op("norm_backward", backend)
-    grad_x, normalised, sums = backward(grad.contiguous(), x.contiguous(), stats, *factors, beside)
+    grad_x, normalised, sums = backward(grad.contiguous(), x.contiguous(), stats, scale, shift, beside)
     return NormBackward(grad_x, normalised, *(sum_like(sums[:, :, n], p) for n, p in enumerate((scale, shift))))

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from fastflow import backend as _backend
 from fastflow.ops.norm import (
     Norm,
+    NormBackward,
     check_like,
     check_norm,
     check_signal,
@@ -27,7 +28,7 @@ from fastflow.ops.norm import (
     norm_backward,
     norm_ref,
     sum_type,
-    working,
+    to_wide,
 )
 from fastflow.ops.packed import packed_weights
 from fastflow.ops.registry import define, gpu_pass, kernel, op
@@ -59,6 +60,28 @@ def _projection_fake(  # type: ignore[no-untyped-def]
     x, weights, biases, scale, shift, eps, residual, gate, packed=None
 ):
     return x.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
+
+
+def fake_weight_gradients(  # type: ignore[no-untyped-def]
+    x, rows, channels, gate, wants_weights, wants_bias
+):
+    """On the CPU: of a weight, its bias and its gate."""
+    shapes = (rows, channels), (rows,), (x.shape[0], rows)
+    wanted = wants_weights, wants_weights and (wants_bias or gate is not None), wants_weights and gate is not None
+    return tuple(x.new_empty(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True))
+
+
+def fake_vectors(x: Tensor, *vectors: Tensor | None) -> tuple[Tensor, ...]:
+    """On the CPU: the gradients of scale and shift."""
+    return tuple(x.new_empty((0,) if v is None else v.shape) for v in vectors)
+
+
+def _projection_backward_fake(  # type: ignore[no-untyped-def]
+    grad, scaled, x, stats, weights, bias, scale, shift, normalises, gate, wants_x, wants_weights, wants_bias
+):
+    grad_x = x.new_empty(x.shape if wants_x or normalises else (0,))
+    linear = fake_weight_gradients(x, grad.shape[2], x.shape[2], gate, wants_weights, wants_bias)
+    return grad_x, *linear, *fake_vectors(x, scale, shift)
 
 
 def _gate_backward_fake(products, sums, weight, bias, gate):  # type: ignore[no-untyped-def]
@@ -125,10 +148,23 @@ def product(
     return op("projection", backend)(x, weights, biases, scale, shift, eps, None, None)[0]
 
 
+define(
+    "projection_backward",
+    "(Tensor grad, Tensor scaled, Tensor x, Tensor stats, Tensor[] weights, Tensor? bias, Tensor? scale, "
+    "Tensor? shift, bool normalises, Tensor? gate, bool wants_x, bool wants_weights, bool wants_bias) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _projection_backward_fake,
+    None,
+)
+
+
 class WeightGradients(NamedTuple):
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     gate: Tensor | None
+
+
+NO_GRADIENTS = WeightGradients(None, None, None)
 
 
 def weight_gradients(
@@ -138,21 +174,15 @@ def weight_gradients(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     gate: Tensor | None = None,
-    wants_bias: bool = True,
 ) -> WeightGradients:
-    """Of ``gate[:, None] * (x @ weight.T + bias)``, without a gate where it is None, which needs no weight either."""
+    """On a GPU, of ``gate[:, None] * (x @ weight.T + bias)``; without a gate no weight is needed either."""
     if gate is None:
         grad = grad.flatten(0, 1)
-        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0) if wants_bias else None, None)
+        return WeightGradients(grad.T @ x.flatten(0, 1), grad.sum(0), None)
     assert weight is not None
     products, sums = grad.transpose(1, 2) @ x, grad.sum(1, dtype=sum_type(grad))
-    if backend != "cpu":
-        dense = [None if t is None else t.contiguous() for t in (products, sums, weight, bias)]
-        return WeightGradients(*op("gate_backward", backend)(*dense, gate))
-    grad_gate = (products * weight).sum(2)
-    if bias is not None:
-        grad_gate += sums * bias
-    return WeightGradients((products * gate[:, :, None]).sum(0), (sums * gate).sum(0), grad_gate)
+    dense = [None if t is None else t.contiguous() for t in (products, sums, weight, bias)]
+    return WeightGradients(*op("gate_backward", backend)(*dense, gate))
 
 
 def to_input(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -173,36 +203,69 @@ class ProjectionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         x, stats, scale, shift, gate, *tensors = ctx.saved_tensors
         weights, biases = tensors[: ctx.count], tensors[ctx.count :]
-        needs, backend = ctx.needs_input_grad, ctx.backend
-        needs_weights = needs[5] or any(needs[8:])
+        needs = ctx.needs_input_grad
+        backward = _backward_on_cpu if ctx.backend == "cpu" else functools.partial(_backward_on_gpu, ctx.backend)
         with torch.autocast(x.device.type, enabled=False):
-            grad, weight = working(grad_out, backend), working(_joined(weights), backend)
-            factors = None if gate is None else working(gate, backend)
-            normalised, grad_x, grad_scale, grad_shift = working(x, backend), None, None, None
-            if needs[0] or ctx.eps is not None:
-                grad_y = grad if factors is None else grad * factors[:, None]
-                grad_x = grad_y @ weight
-            if ctx.eps is not None:
-                grad_x, normalised, grad_scale, grad_shift = norm_backward(
-                    grad_x, normalised, stats, scale, shift, None, backend
-                )
-            grads = [None] * len(tensors)
-            grad_gate = None
-            if needs_weights:
-                sizes = [w.shape[0] for w in weights]
-                bias = None if gate is None else _joined_biases(biases, weights)
-                bias = None if bias is None else working(bias, backend)
-                found = weight_gradients(
-                    grad, normalised, backend, weight, bias, factors, wants_bias=any(needs[8 + ctx.count :])
-                )
-                of_biases = [None] * ctx.count if found.bias is None else found.bias.split(sizes)
-                grads = [to_input(g, t) for g, t in zip((*found.weight.split(sizes), *of_biases), tensors, strict=True)]
-                grad_gate = to_input(found.gate, gate)
-        grad_residual = grad_out if needs[4] else None
-        return to_input(grad_x, x), grad_scale, grad_shift, None, grad_residual, grad_gate, None, None, *grads
+            found = backward(
+                grad, x, stats, weights, biases, scale, shift, ctx.eps is not None, gate, needs[0],
+                needs[5] or any(needs[8:]), any(needs[8 + ctx.count :]),
+            )  # fmt: skip
+        grads = [None] * len(tensors)
+        if found.weight is not None:
+            sizes = [w.shape[0] for w in weights]
+            of_biases = [None] * ctx.count if found.bias is None else found.bias.split(sizes)
+            grads = [to_input(g, t) for g, t in zip((*found.weight.split(sizes), *of_biases), tensors, strict=True)]
+        grad_x, grad_gate = to_input(found.x, x), to_input(found.gate, gate)
+        of_norm = to_input(found.scale, scale), to_input(found.shift, shift)
+        return grad_x, *of_norm, None, grad if needs[4] else None, grad_gate, None, None, *grads
+
+
+class Gradients(NamedTuple):
+    """None is what is not wanted, or not there."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gate: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+
+
+def scaled_by(grad: Tensor, gate: Tensor | None) -> Tensor:
+    return grad if gate is None else grad * gate[:, None]
+
+
+def _backward_on_cpu(  # type: ignore[no-untyped-def]
+    grad, x, stats, weights, biases, scale, shift, normalises, gate, wants_x, wants_weights, wants_bias
+) -> Gradients:
+    bias = None if gate is None else _joined_biases(biases, weights)
+    grad, x, bias, scale, shift, gate = (to_wide(t) for t in (grad.contiguous(), x, bias, scale, shift, gate))
+    weights = [to_wide(weight) for weight in weights]
+    found = op("projection_backward", "cpu")(
+        grad, scaled_by(grad, gate), x.contiguous(), stats, weights, bias, scale, shift, normalises, gate, wants_x,
+        wants_weights, wants_bias,
+    )  # fmt: skip
+    there = (
+        *(wants_x, wants_weights, wants_weights and wants_bias, wants_weights and gate is not None),
+        *(scale is not None, shift is not None),
+    )
+    return Gradients(*(t if is_there else None for t, is_there in zip(found, there, strict=True)))
+
+
+def _backward_on_gpu(  # type: ignore[no-untyped-def]
+    backend, grad, x, stats, weights, biases, scale, shift, normalises, gate, wants_x, wants_weights, wants_bias
+) -> Gradients:
+    weight, linear = _joined(weights), NO_GRADIENTS
+    norm = NormBackward(scaled_by(grad, gate) @ weight if wants_x or normalises else None, x, None, None)
+    if normalises:
+        norm = norm_backward(norm.grad_x, x, stats, scale, shift, None, backend)
+    if wants_weights:
+        bias = None if gate is None else _joined_biases(biases, weights)
+        linear = weight_gradients(grad, norm.normalised, backend, weight, bias, gate)
+    return Gradients(norm.grad_x, linear.weight, linear.bias, linear.gate, norm.grad_scale, norm.grad_shift)
 
 
 def _joined(weights: Sequence[Tensor]) -> Tensor:

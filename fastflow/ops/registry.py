@@ -24,16 +24,15 @@ def kernel(file: str, name: str) -> Callable:
 
 
 def define(name: str, schema: str, fake: Callable, triton: Callable | None) -> None:
-    """Define the op ``name`` and, unless None, ``name_triton``, which ``triton`` implements."""
+    """Define the op ``name`` and, where it is not None, ``name_triton``, which ``triton`` implements."""
     for suffix in ("", "_triton") if triton else ("",):
         torch.library.define(f"fastflow::{name}{suffix}", schema)
         torch.library.register_fake(f"fastflow::{name}{suffix}", fake)
         _ops[name + suffix] = getattr(torch.ops.fastflow, name + suffix).default
-    if triton is None:
-        return
-    for device in ("cpu", "cuda"):
-        torch.library.impl(f"fastflow::{name}_triton", device, triton)
-    _launchers[name] = triton
+    if triton:
+        for device in ("cpu", "cuda"):
+            torch.library.impl(f"fastflow::{name}_triton", device, triton)
+        _launchers[name] = triton
 
 
 def op(name: str, backend: str) -> torch._ops.OpOverload:

@@ -111,6 +111,22 @@ def _conv_block_flops(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
     return 2 * x.shape[:2].numel() * weight.numel()
 
 
+def _projection_backward_flops(grad: Tensor, scaled: Tensor, x: Tensor, *rest: Any, **__: Any) -> int:
+    *_, normalises, _, wants_x, wants_weights, _ = rest
+    return 2 * grad.shape[:2].numel() * grad.shape[2] * x.shape[2] * ((wants_x or normalises) + wants_weights)
+
+
+def _feed_forward_backward_flops(grad: Tensor, scaled: Tensor, x: Tensor, *rest: Any, **__: Any) -> int:
+    (_, _, w1, w2), (normalises, _, _, wants_x, wants_first, wants_second) = rest[:4], rest[-6:]
+    products = ((wants_x or normalises) + wants_first) * w1.numel() + (1 + wants_second) * w2.numel()
+    return 2 * x.shape[:2].numel() * products
+
+
+def _conv_block_backward_flops(grad: Tensor, *rest: Any, **__: Any) -> int:
+    weight, wanted = rest[4], rest[-1]
+    return 2 * grad.shape[:2].numel() * weight.numel() * ((wanted & 1) + (wanted >> 1 & 1))
+
+
 # PyTorch's own table has the CUDA attention kernels only.
 _FLOPS = {
     torch.ops.fastflow.attention: _attention_flops,
@@ -127,6 +143,10 @@ _FLOPS = {
     torch.ops.fastflow.projection_triton: _projection_flops,
     torch.ops.fastflow.feed_forward: _feed_forward_flops,
     torch.ops.fastflow.feed_forward_triton: _feed_forward_flops,
+    torch.ops.fastflow.projection_backward: _projection_backward_flops,
+    torch.ops.fastflow.feed_forward_backward: _feed_forward_backward_flops,
+    torch.ops.fastflow.conv_block_backward: _conv_block_backward_flops,
+    torch.ops.fastflow.conv_block_backward_triton: _conv_block_backward_flops,
     torch.ops.fastflow.conv_block: _conv_block_flops,
     torch.ops.fastflow.conv_block_triton: _conv_block_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
