@@ -1,31 +1,41 @@
-"""Why does training a flow diverge?  Three recipes on the same speech, several seeds, and the part that breaks first.
+"""Why does training a flow diverge?  How far each recipe is from breaking, which part breaks, and what helps.
 
     python benchmarks/train_stability.py --out stability             under an hour on two cores
     python benchmarks/train_stability.py --out stability --full      CosyVoice 1 from scratch, for a GPU
     python benchmarks/train_stability.py --out stability --tiny      two minutes: does it work here?
 
+A short run of a small flow does not diverge at the rate of its recipe.  So the learning rate is raised by half decades
+until every seed breaks, as Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities"
+(2023) do: the largest rate that holds, over the rate of the recipe, is the recipe's margin.  Three recipes climb:
+
 ``question``: everything at CosyVoice's from-scratch recipe: Adam, learning rate 0.001, warm-up, then falling with the
-square root of the step, gradients clipped at 5, two batches a step.  ``decoder``: the same, but only the estimator is
-trained.  Its condition comes from a short pre-training of the whole flow by our recipe, after which the estimator gets
-fresh weights: a random frozen encoder would ask whether speech can be learnt from random features, another question.
-``ours``: everything by AdamW with groups, a lower learning rate, lower still before the estimator, clipping at 1, and
-more batches a step.  All three start from the same weights and see the same data.
+square root of the step, gradients clipped at 5.  ``ours``: AdamW with groups, half the rate before the estimator, twice
+the warm-up, clipping at 1, a larger batch.  ``decoder``: the question's, but only the estimator is trained, freshly
+initialised, behind the frozen condition of the best run of ``ours``: a random one would ask whether speech can be
+learnt from random features, another question.  A flow twice as wide climbs too, by the question's recipe.
+
+Then one thing at a time is changed between the rate that holds and the one that breaks: one part alone at the breaking
+rate (*hot*), which says more about the part that breaks than the order in which gradients jump, reported as well; and
+one ingredient of ``ours`` alone at the breaking rate.
 
 Speech is made by espeak-ng (``apt install espeak-ng``) unless ``--data`` names a folder of audio files.  Tokens are
 k-means clusters of the mel, speaker vectors random but fixed.  ``report.md`` holds the findings, ``loss.png`` and
-``gradients.png`` the curves, ``results.json`` the figures, the folders below every figure of every step.
+``gradients.png`` the curves, ``results.json`` the figures, ``runs`` every figure of every step.  Runs that are there
+are not repeated, so the same command goes on where it was cut off.
 """
 
 import argparse
 import csv
 import json
+import logging
 import math
 import random
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +44,11 @@ import torch
 from machine import describe
 
 import fastflow
-from fastflow.config import PRESETS
-from fastflow.training import NonFiniteError, SpikeDetector, StabilityMonitor, freeze, parameter_groups
+from fastflow.config import PRESETS, build, preset
+from fastflow.training import NonFiniteError, StabilityMonitor, freeze, parameter_groups
 from fastflow.training.batches import FrameBatches
 from fastflow.training.corpus import Sample, collate, lengths, read_folder
-from fastflow.training.parts import parts
-from fastflow.training.spikes import SMALLEST_HISTORY
+from fastflow.training.parts import named_part_parameters, parts
 
 VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "de", "fr-fr", "es", "it", "pt-br", "nl", "sv", "pl")
 WORDS = """
@@ -47,6 +56,18 @@ the a one this every quick quiet distant river mountain speaker window morning n
 follows remembers carries answers reaches opens paints above behind without toward near golden slowly often again seven
 twelve hundred music water paper winter summer silver bright hollow
 """
+WORSE = 1.5  # a run breaks when it ends at so many times the loss that it could have
+JUMP = 3.0  # a gradient norm jumps when it is so many times the median of the steps before
+HISTORY = 20  # steps of that median
+WIDTHS = {  # of each class, what "twice as wide" doubles; heads keep their size
+    "MaskedDiffWithXvec": ("input_size",),
+    "CausalMaskedDiffWithXvec": ("input_size",),
+    "ConformerEncoder": ("input_size", "output_size", "linear_units", "attention_heads"),
+    "UpsampleConformerEncoder": ("input_size", "output_size", "linear_units", "attention_heads"),
+    "ConditionalDecoder": ("channels", "num_heads"),
+    "CausalConditionalDecoder": ("channels", "num_heads"),
+    "DiT": ("dim", "heads"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,9 +75,12 @@ class Config:
     """A size of the study.
 
     Attributes:
-        frames: of a batch, padding included.
         warm_up: steps; the question's 2,500 come to an eighth of the 20,000 steps after which it diverged.
-        ours: batches of a step in our recipe; the others have 2.
+        frames: of a batch of the question, padding included; its two batches of 2,000 a step are one of 4,000 here.
+        larger: batch of our recipe over that of the question.
+        recompute: memory mode of our recipe; exact, so the small sizes, whose batch fits, do without.
+        rates: the rungs of the ladder.
+        wide: also climb with a flow of twice the width.
     """
 
     preset: str
@@ -65,44 +89,75 @@ class Config:
     steps: int
     warm_up: int
     frames: int
-    ours: int
+    larger: int
+    recompute: str
     seeds: int
+    rates: tuple[float, ...]
+    wide: bool
 
 
-TINY = Config("tiny", voices=2, sentences=4, steps=40, warm_up=5, frames=400, ours=3, seeds=1)
-SMALL = Config("tiny", voices=6, sentences=20, steps=500, warm_up=62, frames=600, ours=4, seeds=3)
+TINY = Config("tiny", 2, 4, 30, 4, 200, 2, "none", 1, (1e-3, 1.0), False)
+SMALL = Config("tiny", 6, 20, 160, 20, 300, 2, "none", 3, (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), True)
 FULL = Config(
-    "cosyvoice-fromscratch", voices=12, sentences=400, steps=20_000, warm_up=2500, frames=2000, ours=8, seeds=3
+    "cosyvoice-fromscratch", 12, 400, 20_000, 2500, 4000, 4, "block", 2, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), False
 )
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an arm is trained.
+    """How a run is trained.
 
     Attributes:
-        encoder_scale: of the learning rate before the estimator.
-        grouped: AdamW with decay on weights only, else Adam.
+        lr: highest learning rate, that of the recipe as published or advised; a ladder replaces it.
+        own: parts with a learning rate of their own.
+        grouped: AdamW with decay on weights only and half the rate before the estimator, else Adam.
         clip: largest gradient norm.
-        accumulate: batches of a step.
+        warm_up, batch, width: over those of the config.
         decoder_only: the condition is frozen.
     """
 
-    lr: float
-    encoder_scale: float
-    grouped: bool
-    clip: float
-    accumulate: int
+    lr: float = 1e-3
+    own: tuple[tuple[str, float], ...] = ()
+    grouped: bool = False
+    clip: float = 5.0
+    warm_up: int = 1
+    batch: int = 1
+    width: int = 1
     decoder_only: bool = False
 
+    def optimizer(self, flow: Any) -> torch.optim.Optimizer:
+        if self.grouped:
+            return torch.optim.AdamW(parameter_groups(flow, self.lr, encoder_scale=0.5), betas=(0.9, 0.98))
+        rates = dict(self.own)
+        trained = {
+            p: [w for w in named.values() if w.requires_grad] for p, named in named_part_parameters(flow).items()
+        }
+        return torch.optim.Adam([{"params": ws, "lr": rates.get(p, self.lr)} for p, ws in trained.items() if ws])
 
-def recipes(config: Config, lr: float) -> dict[str, Recipe]:
-    question = Recipe(lr, 1.0, grouped=False, clip=5.0, accumulate=2)
-    return {
-        "question": question,
-        "decoder": replace(question, decoder_only=True),
-        "ours": Recipe(0.3 * lr, 0.5, grouped=True, clip=1.0, accumulate=config.ours),
+
+def recipes(config: Config) -> dict[str, Recipe]:
+    """Those that climb; ``ours`` before ``decoder``, which starts from it."""
+    ours = Recipe(3e-4, grouped=True, clip=1.0, warm_up=2, batch=config.larger)
+    arms = {"question": Recipe(), "ours": ours, "decoder": Recipe(decoder_only=True)}
+    return {**arms, "twice as wide": Recipe(width=2)} if config.wide else arms
+
+
+def hot_parts(flow: Any, holds: float, breaks: float) -> dict[str, Recipe]:
+    """The question's recipe with one part at the rate that breaks, or all but the estimator."""
+    hot = {f"hot {part}": Recipe(holds, own=((part, breaks),)) for part in parts(flow)}
+    return {**hot, "hot all but estimator": Recipe(breaks, own=(("estimator", holds),))}
+
+
+def ingredients(config: Config, breaks: float) -> dict[str, Recipe]:
+    """The question's recipe at the rate that breaks, with one ingredient of ours."""
+    question, ours = Recipe(breaks), recipes(config)["ours"]
+    changes: dict[str, dict[str, Any]] = {
+        f"clipping at {ours.clip:g}": {"clip": ours.clip},
+        "groups and AdamW": {"grouped": True},
+        f"warm-up x {ours.warm_up}": {"warm_up": ours.warm_up},
+        f"batch x {ours.batch}": {"batch": ours.batch},
     }
+    return {name: replace(question, **change) for name, change in changes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ speech
@@ -124,7 +179,7 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         words = random.Random(f"{voice} {number}")
-        text = " ".join(words.choices(WORDS.split(), k=words.randint(5, 16)))
+        text = " ".join(words.choices(WORDS.split(), k=words.randint(2, 8)))
         options = ["-v", voice, "-s", str(words.randint(130, 190)), "-p", str(words.randint(30, 70)), "-w", str(path)]
         done = subprocess.run([program, *options, text], capture_output=True, text=True)
         if done.returncode:
@@ -133,6 +188,16 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ training
+def widened(spec: Any, factor: int) -> Any:
+    """A spec with every width of :data:`WIDTHS` times ``factor``."""
+    if not isinstance(spec, dict):
+        return spec
+    wide = {name: widened(value, factor) for name, value in spec.items()}
+    for name in WIDTHS.get(spec.get("class", ""), ()):
+        wide[name] = [x * factor for x in wide[name]] if isinstance(wide[name], list) else wide[name] * factor
+    return wide
+
+
 @dataclass
 class Study:
     """What all runs share."""
@@ -143,47 +208,65 @@ class Study:
     out: Path
     bf16: bool
 
-    def fresh(self, seed: int) -> Any:
+    def fresh(self, recipe: Recipe, seed: int) -> Any:
         random.seed(seed)
         torch.manual_seed(seed)
-        return fastflow.from_preset(self.config.preset).to(self.device)
-
-    def condition(self, seed: int, recipe: Recipe) -> Any:
-        """A flow whose condition is pre-trained by ``recipe`` and frozen, and whose estimator is fresh."""
-        flow = self.fresh(seed)
-        steps = max(1, self.config.steps // 4)
-        self.train(flow, recipe, seed, steps, self.out / "pre-training" / str(seed))
-        flow.decoder.load_state_dict(self.fresh(seed).decoder.state_dict())
-        freeze(flow, *(part for part in parts(flow) if part != "estimator"))
+        flow: Any = build(widened(preset(self.config.preset), recipe.width)).to(self.device)
+        flow.recompute = self.config.recompute if recipe.batch > 1 else "none"
         return flow
 
-    def train(self, flow: Any, recipe: Recipe, seed: int, steps: int, folder: Path) -> str:
-        """One run, its figures below ``folder``; what ended it early, or nothing."""
+    def folder(self, name: str, recipe: Recipe, seed: int) -> Path:
+        return self.out / "runs" / name / f"{recipe.lr:g}" / str(seed)
+
+    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Any, str]:
+        """The figures of a run, and what ended it early or nothing; trained only if it is not there.
+
+        Args:
+            condition: weights whose condition is taken, and frozen.
+        """
+        folder = self.folder(name, recipe, seed)
+        done = folder / "done.json"
+        asked = json.loads(
+            json.dumps(
+                {"config": asdict(replace(self.config, rates=(), seeds=0, wide=False)), "recipe": asdict(recipe)}
+            )
+        )
+        if not done.exists() or (found := json.loads(done.read_text())) | asked != found:
+            shutil.rmtree(folder, ignore_errors=True)
+            flow = self.fresh(recipe, seed)
+            if condition is not None:
+                estimator = flow.decoder.state_dict()
+                flow.load_state_dict(torch.load(condition, map_location=self.device, weights_only=True))
+                flow.decoder.load_state_dict(estimator)
+                freeze(flow, *(part for part in parts(flow) if part != "estimator"))
+            stopped = self.train(flow, recipe, seed, folder, f"{name}, {recipe.lr:g}, seed {seed}")
+            if name == "ours":
+                torch.save(flow.state_dict(), folder / "flow.pt")
+            done.write_text(json.dumps({**asked, "stopped": stopped}))
+        return read_figures(folder), json.loads(done.read_text())["stopped"]
+
+    def train(self, flow: Any, recipe: Recipe, seed: int, folder: Path, title: str) -> str:
         from tqdm import tqdm
 
-        shutil.rmtree(folder, ignore_errors=True)
-        if recipe.grouped:
-            groups = parameter_groups(flow, recipe.lr, encoder_scale=recipe.encoder_scale)
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        else:
-            optimizer = torch.optim.Adam((p for p in flow.parameters() if p.requires_grad), recipe.lr)
-        warm_up = self.config.warm_up
+        optimizer = recipe.optimizer(flow)
+        warm_up = recipe.warm_up * self.config.warm_up
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warm_up**0.5 * min((step + 1) ** -0.5, (step + 1) * warm_up**-1.5)
         )
-        batches = FrameBatches(lengths(self.samples), self.config.frames, seed=seed)
+        batches = FrameBatches(lengths(self.samples), recipe.batch * self.config.frames, seed=seed)
         random.seed(seed)
         torch.manual_seed(seed)
-        sample_every = max(1, steps // 50)
+        every = max(1, self.config.steps // 50)
         with (
-            StabilityMonitor(
-                flow, optimizer, clip_norm=recipe.clip, sample_every=sample_every, log_dir=folder
-            ) as monitor,
-            tqdm(range(steps), desc=str(folder.relative_to(self.out)), unit="step", dynamic_ncols=True) as bar,
+            StabilityMonitor(flow, optimizer, clip_norm=recipe.clip, sample_every=every, log_dir=folder) as monitor,
+            tqdm(range(self.config.steps), desc=title, unit="step", dynamic_ncols=True) as bar,
         ):
             for _ in bar:
+                batch = collate([self.samples[i] for i in next(batches)])
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    loss = flow({name: x.to(self.device) for name, x in batch.items()}, self.device)["loss"]
+                loss.backward()
                 try:
-                    loss = self.step(flow, batches, recipe.accumulate)
                     bar.set_postfix(loss=f"{monitor.step(loss).figures['loss']:.3f}", refresh=False)
                 except NonFiniteError as error:
                     return str(error)
@@ -191,45 +274,9 @@ class Study:
                 optimizer.zero_grad(set_to_none=True)
         return ""
 
-    def step(self, flow: Any, batches: FrameBatches, accumulate: int) -> torch.Tensor:
-        total = torch.zeros((), device=self.device)
-        for _ in range(accumulate):
-            batch = collate([self.samples[i] for i in next(batches)])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = flow({name: x.to(self.device) for name, x in batch.items()}, self.device)["loss"] / accumulate
-            loss.backward()
-            total += loss.detach()
-        return total
-
-
-# ------------------------------------------------------------------------------------------------ findings
-@dataclass(frozen=True)
-class Finding:
-    """What a run came to.
-
-    Attributes:
-        diverged: the smoothed loss ended above 1.5 times its lowest value, or something was not finite.
-        diverged_at: the step of that lowest value, after which it rose.
-        breaks_first: the part whose gradient norm was the first to spike, diverged or not.
-        breaks_at: at which step.
-        spikes: how many steps of each part spiked.
-        final: mean loss of the last tenth of the steps.
-        largest_update: of each part, the largest sampled update over weights.
-        largest_logit: of encoder and estimator, the largest sampled attention logit.
-        stopped: why the run ended early, if it did.
-    """
-
-    recipe: str
-    seed: int
-    diverged: bool
-    diverged_at: int | None
-    breaks_first: str | None
-    breaks_at: int | None
-    spikes: dict[str, int]
-    final: float
-    largest_update: dict[str, float]
-    largest_logit: dict[str, float]
-    stopped: str
+    def mean_spectrum_loss(self) -> float:
+        """Of an estimator that knows the mean of each mel channel and nothing else: their variance and the noise's."""
+        return 1 + torch.cat([sample.mel for sample in self.samples]).var(0).mean().item()
 
 
 def read_figures(folder: Path) -> dict[str, list[float]]:
@@ -240,131 +287,329 @@ def read_figures(folder: Path) -> dict[str, list[float]]:
     return {name: [float(row[name] or "nan") for row in rows] for name in names}
 
 
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Running mean over the last ``width`` values."""
+# ------------------------------------------------------------------------------------------------ findings
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        end: mean loss of the last tenth of the steps; infinite if it stopped early or is not finite.
+        broke: ``end`` is above 1.5 times the lowest smoothed loss of the run, or 1.5 times the end of a calmer run.
+        broke_at: the step from which on the smoothed loss stayed above 1.5 times that of the calmer run.
+        jumps: of each part, the first step whose gradient norm was 3 times the median of the 20 before, if there is one
+            up to ``broke_at``.
+        signs: by column of the monitor: of ``gradient/<part>`` the median of the last tenth; of ``update/<part>``
+            (update over weights) and ``logit/<part>`` the largest that was sampled.
+        stopped: why the run ended early, if it did.
+    """
+
+    name: str
+    lr: float
+    seed: int
+    end: float
+    broke: bool
+    broke_at: int | None
+    jumps: dict[str, int]
+    signs: dict[str, float]
+    stopped: str
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Running mean over a twentieth of the values, of fewer at the start."""
+    width = max(1, len(values) // 20)
     return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
-def find(recipe: str, seed: int, figures: dict[str, list[float]], stopped: str) -> Finding:
+def judge(
+    name: str, lr: float, seed: int, figures: dict[str, list[float]], stopped: str, calmer: Sequence[float] = ()
+) -> Outcome:
+    """Whether a run broke, where, and what went before.
+
+    Args:
+        calmer: losses of a run that holds, of the same seed; none for the lowest rung.
+    """
     losses = figures["loss"]
-    width = max(1, len(losses) // 20)
-    smoothed = smooth(losses, width)[width - 1 :]  # whole windows only
-    lowest = min((x for x in smoothed if math.isfinite(x)), default=math.nan)
-    diverged = bool(stopped) or not smoothed[-1] <= 1.5 * lowest
-    window = max(SMALLEST_HISTORY, min(200, len(losses) // 5))
-    spikes: dict[str, list[int]] = {}
-    for name, norms in figures.items():
-        if name.startswith("gradient/"):
-            is_spike = SpikeDetector(window)
-            spikes[name.removeprefix("gradient/")] = [
-                step for step, norm in enumerate(norms) if is_spike(norm) or not math.isfinite(norm)
-            ]
-    first = min((part for part in spikes if spikes[part]), key=lambda part: spikes[part][0], default=None)
-    return Finding(
-        recipe,
-        seed,
-        diverged,
-        smoothed.index(lowest) + width - 1 if diverged and math.isfinite(lowest) else None,
-        first,
-        spikes[first][0] if first else None,
-        {part: len(steps) for part, steps in spikes.items()},
-        statistics.fmean(losses[-max(1, len(losses) // 10) :]),
-        _largest(figures, "update/"),
-        _largest(figures, "logit/"),
-        stopped,
-    )
+    tail = max(1, len(losses) // 10)
+    end = statistics.fmean(losses[-tail:])
+    end = end if math.isfinite(end) and not stopped else math.inf
+    smoothed = smooth(losses)
+    could = min((x for x in smoothed[tail:] if math.isfinite(x)), default=0.0)
+    if calmer:
+        could = min(could, statistics.fmean(calmer[-tail:]))
+    broke = not end <= WORSE * could
+    broke_at = None
+    if broke:
+        against = smooth(calmer) if calmer else [could] * len(losses)
+        worse = [not mine <= WORSE * other for mine, other in zip(smoothed, against, strict=False)]
+        broke_at = max((i + 1 for i, flag in enumerate(worse) if not flag), default=0)
+    jumps, signs = {}, {}
+    for column, values in figures.items():
+        kind, _, part = column.partition("/")
+        known = [x for x in values if not math.isnan(x)]
+        if kind == "gradient" and part:
+            signs[column] = statistics.median(known[-tail:] or [math.nan])
+            jumps[part] = first_jump(values[: None if broke_at is None else broke_at + 1])
+        elif kind in ("update", "logit") and known:
+            signs[column] = max(known)
+    jumped = {part: step for part, step in jumps.items() if step is not None}
+    return Outcome(name, lr, seed, end, broke, broke_at, jumped, signs, stopped)
 
 
-def _largest(figures: dict[str, list[float]], prefix: str) -> dict[str, float]:
-    known = {name: [x for x in xs if not math.isnan(x)] for name, xs in figures.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): max(values) for name, values in known.items() if values}
+def first_jump(norms: Sequence[float]) -> int | None:
+    """The first step above 3 times the median of up to 20 before it, at least 5; or that is not finite."""
+    for step, norm in enumerate(norms):
+        before = norms[max(0, step - HISTORY) : step]
+        if not math.isfinite(norm) or (len(before) >= 5 and norm > JUMP * statistics.median(before)):
+            return step
+    return None
 
 
-def report(study: Study, arms: dict[str, Recipe], findings: list[Finding]) -> str:
+def rungs(outcomes: Iterable[Outcome], name: str) -> dict[float, list[Outcome]]:
+    """The outcomes of a recipe by learning rate, ascending."""
+    found: dict[float, list[Outcome]] = {}
+    for outcome in sorted(outcomes, key=lambda o: o.lr):
+        if outcome.name == name:
+            found.setdefault(outcome.lr, []).append(outcome)
+    return found
+
+
+def margin(outcomes: Iterable[Outcome], name: str) -> tuple[float | None, float | None]:
+    """The largest rate up to which no seed breaks, and the smallest at which all do; None where there is none."""
+    holds, ladder = None, rungs(outcomes, name)
+    for lr, rung in ladder.items():
+        if any(outcome.broke for outcome in rung):
+            break
+        holds = lr
+    return holds, next((lr for lr, rung in ladder.items() if all(outcome.broke for outcome in rung)), None)
+
+
+def first_part(outcomes: Sequence[Outcome]) -> str:
+    """Which part's gradient jumped first before the runs broke, in words."""
+    firsts: Counter[str] = Counter()
+    for outcome in outcomes:
+        if outcome.jumps:
+            first = min(outcome.jumps.values())
+            firsts.update(part for part, step in outcome.jumps.items() if step == first)
+    common = [part for part, count in firsts.items() if count == len(outcomes)]
+    counts = ", ".join(f"{part} {count} of {len(outcomes)}" for part, count in firsts.most_common()) or "none jumped"
+    return f"{common[0]} in every seed" if len(common) == 1 else f"no consistent first part ({counts})"
+
+
+# ------------------------------------------------------------------------------------------------ the experiment
+def experiment(study: Study) -> list[Outcome]:
+    """All runs: the question's ladder, one change at a time at the rates that it holds and breaks at, other ladders."""
+    question, *others = recipes(study.config).items()
+    outcomes = climb(study, *question, ())
+    holds, breaks = margin(outcomes, "question")
+    if holds is not None and breaks is not None:
+        changed = {**hot_parts(study.fresh(Recipe(), 0), holds, breaks), **ingredients(study.config, breaks)}
+        for name, recipe in changed.items():
+            for seed in range(study.config.seeds):
+                calmer = read_figures(study.folder("question", Recipe(holds), seed))["loss"]
+                outcomes.append(judge(name, recipe.lr, seed, *study.run(name, recipe, seed), calmer=calmer))
+    for name, recipe in others:
+        outcomes += climb(study, name, recipe, outcomes)
+    return outcomes
+
+
+def climb(study: Study, name: str, recipe: Recipe, before: Sequence[Outcome]) -> list[Outcome]:
+    """Raise the learning rate until every seed breaks."""
+    outcomes: list[Outcome] = []
+    calmest: dict[int, tuple[float, Sequence[float]]] = {}  # of each seed the lowest end so far, and its losses
+    for lr in study.config.rates:
+        for seed in range(study.config.seeds):
+            rung = replace(recipe, lr=lr)
+            condition = best_condition(study, before, seed) if recipe.decoder_only else None
+            figures, stopped = study.run(name, rung, seed, condition)
+            end, losses = calmest.get(seed, (math.inf, ()))
+            outcome = judge(name, lr, seed, figures, stopped, losses)
+            outcomes.append(outcome)
+            if outcome.end < end:
+                calmest[seed] = outcome.end, figures["loss"]
+        if all(outcome.broke for outcome in outcomes[-study.config.seeds :]):
+            break
+    return outcomes
+
+
+def best_condition(study: Study, outcomes: Sequence[Outcome], seed: int) -> Path:
+    """The weights of the run of ``ours`` that ended lowest."""
+    best = min((o for o in outcomes if o.name == "ours" and o.seed == seed), key=lambda o: o.end)
+    return study.folder("ours", Recipe(best.lr), seed) / "flow.pt"
+
+
+# ------------------------------------------------------------------------------------------------ the report
+def report(study: Study, outcomes: list[Outcome]) -> str:
     """The findings as markdown."""
-    config = study.config
-    hours = sum(lengths(study.samples)) / 3600 / (50 if "2" in config.preset or "3" in config.preset else 22050 / 256)
+    config, arms = study.config, recipes(study.config)
+    rates = sorted({outcome.lr for name in arms for outcome in outcomes if outcome.name == name})
     lines = [
-        "# Which part breaks first?",
+        "# What diverges, and what helps?",
         "",
-        f"Preset {config.preset}, {config.steps} steps, warm-up {config.warm_up}, {config.frames} frames a batch, "
-        f"{len(study.samples)} utterances ({hours:.2f} h), on {study.device}.",
+        *conclusions(outcomes, arms),
         "",
-        "| recipe | learning rate | before the estimator | clip | batches a step |",
-        "|---|---|---|---|---|",
+        f"Preset {config.preset}, {config.steps} steps a run, {config.seeds} seeds, {len(study.samples)} utterances of "
+        f"{sum(lengths(study.samples))} frames in all, on {study.device}. A run breaks when its last tenth of the "
+        f"steps ends above {WORSE:g} times its lowest smoothed loss, or the end of the best calmer run of its seed. "
+        f"A flow that knows the mean spectrum and nothing else has a loss of {study.mean_spectrum_loss():.1f}.",
+        "",
+        "## Loss at the end by learning rate",
+        "",
+        "Median of the seeds; in brackets how many broke.",
+        "",
+        "| recipe | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
+        "|---" * (len(rates) + 1) + "|",
     ]
-    for name, recipe in arms.items():
-        before = "frozen" if recipe.decoder_only else f"{recipe.encoder_scale * recipe.lr:.2g}"
-        lines.append(f"| {name} | {recipe.lr:.2g} | {before} | {recipe.clip:g} | {recipe.accumulate} |")
+    for name in arms:
+        ladder = rungs(outcomes, name)
+        lines.append(f"| {name} | " + " | ".join(_cell(ladder.get(lr, [])) for lr in rates) + " |")
+    holds, breaks = margin(outcomes, "question")
+    if holds is not None and breaks is not None:
+        lines += changes(outcomes, holds, breaks, ingredients(config, breaks))
+    return "\n".join([*lines, ""])
+
+
+def _cell(runs: Sequence[Outcome]) -> str:
+    if not runs:
+        return ""
+    broken = sum(outcome.broke for outcome in runs)
+    return f"{statistics.median(outcome.end for outcome in runs):.2f}" + (f" ({broken})" if broken else "")
+
+
+def changes(outcomes: Sequence[Outcome], holds: float, breaks: float, helps: Iterable[str]) -> list[str]:
+    calm, broken = rungs(outcomes, "question")[holds], rungs(outcomes, "question")[breaks]
+    lines = [
+        "",
+        f"## One change, between the rates {holds:g} and {breaks:g}",
+        "",
+        "| | loss at the end | broke |",
+        "|---|---|---|",
+    ]
+    cases = {f"question at {holds:g}": calm, f"question at {breaks:g}": broken}
+    for name in dict.fromkeys(outcome.name for outcome in outcomes):
+        if name.startswith("hot "):
+            cases[f"{name.removeprefix('hot ')} at {breaks:g}, the rest at {holds:g}"] = _runs(outcomes, name)
+    cases |= {f"all at {breaks:g}, {name}": _runs(outcomes, name) for name in helps}
+    for name, runs in cases.items():
+        end = statistics.median(outcome.end for outcome in runs)
+        lines.append(f"| {name} | {end:.2f} | {sum(outcome.broke for outcome in runs)} of {len(runs)} |")
     lines += [
         "",
-        "| recipe | seed | final loss | diverged | first part to spike | spikes by part | largest update / weights "
-        "| largest logit |",
-        "|---|---|---|---|---|---|---|---|",
+        "## Signs, by part",
+        "",
+        f"Medians of the seeds, question at {holds:g} and at {breaks:g}. A jump is a gradient norm {JUMP:g} times the "
+        f"median of the {HISTORY} steps before, at or before the step at which the loss left the calmer run.",
+        "",
+        "| part | largest update / weights | gradient norm at the end | largest logit | first jump at step, by seed |",
+        "|---|---|---|---|---|",
     ]
-    for f in findings:
-        diverged = f"after step {f.diverged_at}" if f.diverged else "no"
-        first = f"{f.breaks_first}, step {f.breaks_at}" if f.breaks_first else "none"
-        lines.append(
-            f"| {f.recipe} | {f.seed} | {f.final:.3f} | {diverged} {f.stopped} | {first} | {_cells(f.spikes)} "
-            f"| {_cells(f.largest_update)} | {_cells(f.largest_logit)} |"
-        )
-    return "\n".join([*lines, "", *conclusions(findings), ""])
+    for part in (column.removeprefix("gradient/") for column in calm[0].signs if column.startswith("gradient/")):
+        cells = [_pair(calm, broken, f"{kind}/{part}") for kind in ("update", "gradient", "logit")]
+        jumps = ", ".join(str(outcome.jumps.get(part, "none")) for outcome in broken)
+        lines.append(f"| {part} | {' | '.join(cells)} | {jumps} |")
+    left = ", ".join(str(outcome.broke_at) for outcome in broken)
+    return [*lines, f"| *the loss left the calmer run* | | | | {left} |"]
 
 
-def _cells(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in values.items() if value) or "none"
+def _runs(outcomes: Sequence[Outcome], name: str) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.name == name]
 
 
-def conclusions(findings: list[Finding]) -> list[str]:
-    """One sentence for each recipe."""
+def _pair(calm: Sequence[Outcome], broken: Sequence[Outcome], column: str) -> str:
+    sides = [[outcome.signs[column] for outcome in side if column in outcome.signs] for side in (calm, broken)]
+    return " to ".join(f"{statistics.median(side):.2g}" for side in sides) if all(sides) else ""
+
+
+def conclusions(outcomes: Sequence[Outcome], arms: dict[str, Recipe]) -> list[str]:
+    """The findings, a sentence each."""
     lines = []
-    for recipe in dict.fromkeys(f.recipe for f in findings):
-        runs = [f for f in findings if f.recipe == recipe]
-        broken = [f for f in runs if f.diverged]
-        line = f"* **{recipe}**: {len(broken)} of {len(runs)} runs diverged"
-        firsts = [f.breaks_first for f in runs if f.breaks_first]
-        for part in sorted(set(firsts), key=firsts.count, reverse=True)[:1]:
-            line += f"; {part} was the first to spike in {firsts.count(part)} of {len(runs)}"
-        lines.append(f"{line}; final loss {statistics.fmean(f.final for f in runs):.3f}.")
+    for name, recipe in arms.items():
+        holds, breaks = margin(outcomes, name)
+        top = max(rungs(outcomes, name))
+        if holds is None:
+            line = f"breaks at the lowest rate tried, {min(rungs(outcomes, name)):g}"
+        else:
+            line = f"holds up to {holds:g}, {holds / recipe.lr:.3g} times its own rate of {recipe.lr:g}"
+        every = f"every seed breaks at {breaks:g}" if breaks else f"at {top:g} some seed still holds"
+        lines.append(f"* **{name}** {line}; {every}.")
+    holds, breaks = margin(outcomes, "question")
+    if holds is None or breaks is None:
+        return lines
+    hot = dict.fromkeys(outcome.name for outcome in outcomes if outcome.name.startswith("hot "))
+    guilty = [name for name in hot if all(outcome.broke for outcome in _runs(outcomes, name))]
+    named = ", ".join(name.removeprefix("hot ") for name in guilty) or "no single part"
+    lines.append(f"* **What breaks**: {named}, alone at the breaking rate, breaks every seed.")
+    lines.append(f"* **Whose gradient jumps first**: {first_part(rungs(outcomes, 'question')[breaks])}.")
     return lines
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-def draw_losses(path: Path, curves: dict[tuple[str, int], dict[str, list[float]]]) -> None:
+def draw_loss(path: Path, outcomes: list[Outcome], arms: Iterable[str], level: float) -> None:
+    """Loss at the end: left by learning rate, right with one thing changed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    axis = figure.add_subplot()
-    for number, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in curves)):
-        seeds = [figures["loss"] for (name, _), figures in curves.items() if name == recipe]
-        for i, losses in enumerate(seeds):
-            smoothed = smooth(losses, max(1, len(losses) // 20))
-            axis.plot(smoothed, color=f"C{number}", alpha=0.8, label=recipe if i == 0 else None)
-    axis.set(xlabel="optimizer step", ylabel="flow-matching loss (running mean)", yscale="log")
-    axis.set_title("one line a seed")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
+    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, name in enumerate(arms):
+        ladder = rungs(outcomes, name)
+        medians = [statistics.median(o.end for o in rung) for rung in ladder.values()]
+        left.plot(list(ladder), medians, color=f"C{number}", label=name)
+        for broke, marker in ((False, "o"), (True, "x")):
+            chosen = [o for o in _runs(outcomes, name) if o.broke == broke]
+            left.plot([o.lr for o in chosen], [o.end for o in chosen], marker, color=f"C{number}", markersize=5)
+    left.set(xscale="log", yscale="log", xlabel="highest learning rate", ylabel="flow-matching loss at the end")
+    left.set_title("median and seeds; a cross is a run that broke")
+    changed = list(dict.fromkeys(o.name for o in outcomes if o.name not in arms))
+    holds, breaks = margin(outcomes, "question")
+    cases = []
+    if holds is not None and breaks is not None:
+        ladder = rungs(outcomes, "question")
+        cases = [(f"question at {holds:g}", ladder[holds]), (f"question at {breaks:g}", ladder[breaks])]
+        right.set_title(f"hot: at {breaks:g}, the rest at {holds:g}; others: all at {breaks:g}")
+    cases += [(name, _runs(outcomes, name)) for name in changed]
+    for row, (_, runs) in enumerate(cases):
+        for o in runs:
+            right.plot(o.end, row, "x" if o.broke else "o", color="C3" if o.broke else "C0")
+    right.set_yticks(range(len(cases)), [name for name, _ in cases])
+    right.invert_yaxis()
+    right.set(xscale="log", xlabel="flow-matching loss at the end")
+    left.axhline(level, color="grey", linestyle="--", label="knows the mean spectrum only")
+    right.axvline(level, color="grey", linestyle="--")
+    left.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
     figure.savefig(path)
 
 
-def draw_gradients(path: Path, curves: dict[tuple[str, int], dict[str, list[float]]]) -> None:
+def draw_gradients(path: Path, study: Study, outcomes: list[Outcome]) -> None:
+    """Loss and gradient norm of each part by step, at the rate that holds and the one that breaks; nothing without."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(recipe for recipe, _ in curves))
-    figure = Figure(figsize=(5 * len(names), 4.5), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axis, recipe in zip(axes, names, strict=True):
-        runs = [figures for (name, _), figures in curves.items() if name == recipe]
-        gradients = [column for column in runs[0] if column.startswith("gradient/")]
-        for number, column in enumerate(gradients):
+    ladder = rungs(outcomes, "question")
+    figure = Figure(figsize=(13, 7), dpi=110, layout="constrained")
+    holds, breaks = margin(outcomes, "question")
+    rates = [rate for rate in (holds, breaks) if rate is not None]
+    axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
+    for (above, below), rate in zip(axes.T, rates, strict=True):
+        runs = [study.run("question", Recipe(rate), o.seed)[0] for o in ladder[rate]]
+        for seed, figures in enumerate(runs):
+            above.plot(smooth(figures["loss"]), color="black", alpha=0.7, label="one line a seed" if not seed else None)
+        above.axhline(study.mean_spectrum_loss(), color="grey", linestyle="--", label="knows the mean spectrum only")
+        for number, column in enumerate(column for column in runs[0] if column.startswith("gradient/")):
             for i, figures in enumerate(runs):
                 label = column.removeprefix("gradient/") if i == 0 else None
-                axis.plot(figures[column], color=f"C{number}", linewidth=0.7, alpha=0.7, label=label)
-        axis.set(title=recipe, xlabel="optimizer step", yscale="log")
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("gradient norm before clipping")
+                below.plot(figures[column], color=f"C{number}", linewidth=0.9, alpha=0.8, label=label)
+        above.set(title=f"question at {rate:g}", yscale="log")
+        below.set(xlabel="optimizer step", yscale="log")
+        for outcome in ladder[rate]:
+            if outcome.broke_at is not None:
+                for axis in (above, below):
+                    axis.axvline(outcome.broke_at, color="C3", linestyle=":", linewidth=1)
+        for axis in (above, below):
+            axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel("loss (running mean)")
+    axes[1][0].set_ylabel("gradient norm before clipping")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    axes[1][0].legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(path)
 
 
@@ -378,8 +623,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="audio files instead of espeak-ng's")
     parser.add_argument("--preset", choices=PRESETS, help="another flow (tiny; with --full cosyvoice-fromscratch)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; warm-up is an eighth")
-    parser.add_argument("--seeds", type=int, help="runs of each recipe")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the question's recipe (0.001)")
+    parser.add_argument("--seeds", type=int, help="runs of each recipe at each rate")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(device))
@@ -394,31 +638,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> list[Finding]:
+def rounded(x: Any) -> Any:
+    """Floats to four digits, those that are not finite as text, in all that JSON holds."""
+    if isinstance(x, float):
+        return float(f"{x:.4g}") if math.isfinite(x) else str(x)
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
+
+
+def run(args: argparse.Namespace) -> list[Outcome]:
     config = args.config
     speech = args.data or args.out / "speech"
     if args.data is None:
         make_speech(speech, config.voices, config.sentences)
-    flow: Any = fastflow.from_preset(config.preset)
-    study = Study(config, read_folder(speech, flow), args.device, args.out, args.bf16)
-    arms, curves, findings = recipes(config, args.lr), {}, []
-    for seed in range(config.seeds):
-        for name, recipe in arms.items():
-            folder = args.out / name / str(seed)
-            flow = study.condition(seed, arms["ours"]) if recipe.decoder_only else study.fresh(seed)
-            stopped = study.train(flow, recipe, seed, config.steps, folder)
-            curves[name, seed] = read_figures(folder)
-            findings.append(find(name, seed, curves[name, seed], stopped))
-    findings.sort(key=lambda finding: list(arms).index(finding.recipe))
-    draw_losses(args.out / "loss.png", curves)
-    draw_gradients(args.out / "gradients.png", curves)
-    text = report(study, arms, findings)
+    logging.getLogger("fastflow.training.monitor").setLevel(logging.ERROR)  # spikes are what is provoked here
+    study = Study(config, read_folder(speech, fastflow.from_preset(config.preset)), args.device, args.out, args.bf16)
+    where, arms = describe(args.device), recipes(config)
+    outcomes = experiment(study)
+    draw_loss(args.out / "loss.png", outcomes, arms, study.mean_spectrum_loss())
+    draw_gradients(args.out / "gradients.png", study, outcomes)
+    text = report(study, outcomes)
     (args.out / "report.md").write_text(text)
     results = {"config": asdict(config), "recipes": {name: asdict(recipe) for name, recipe in arms.items()}}
-    results |= {"findings": [asdict(finding) for finding in findings], "where": describe(args.device)}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    results |= {"outcomes": [asdict(outcome) for outcome in outcomes], "where": where}
+    (args.out / "results.json").write_text(json.dumps(rounded(results)))
     print(text)
-    return findings
+    return outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

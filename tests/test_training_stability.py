@@ -1,4 +1,4 @@
-"""The study finds the part that breaks first, says so in words and pictures, and makes its own speech."""
+"""The study finds the rate at which a recipe breaks and the part that breaks, and makes its own speech."""
 
 import json
 import math
@@ -6,12 +6,18 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
 
+from fastflow import from_preset
+from fastflow.config import build, preset
 from fastflow.demo import SPEECH
+from fastflow.training.attention_logits import attention_modules
+from fastflow.training.parts import named_part_parameters, parts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not (BENCHMARKS / "train_stability.py").is_file():
@@ -22,87 +28,163 @@ import train_stability as study  # noqa: E402
 sys.path.remove(str(BENCHMARKS))
 
 
-def figures(**changes: list[float]) -> dict[str, list[float]]:
-    """200 ordinary steps."""
+STEPS = 200
+PARTS = ("embedding", "encoder", "estimator")
+
+
+def figures(*, level: float = 1.0, **changes: list[float]) -> dict[str, list[float]]:
+    """200 ordinary steps: noise about a constant loss and about gradient norms of 1."""
     noise = random.Random(0)
-    ordinary = lambda: [math.exp(noise.gauss(0, 0.1)) for _ in range(200)]  # noqa: E731
-    columns = {name: ordinary() for name in ("loss", "gradient/embedding", "gradient/encoder", "gradient/estimator")}
+    ordinary = lambda: [math.exp(noise.gauss(0, 0.1)) for _ in range(STEPS)]  # noqa: E731
+    columns = {"loss": [level * x for x in ordinary()], **{f"gradient/{part}": ordinary() for part in PARTS}}
     return {**columns, "update/encoder": [math.nan, 1e-3, 2e-3], "logit/estimator": [math.nan, 7.0], **changes}
 
 
-def test_a_calm_run_has_no_part_that_breaks() -> None:
-    found = study.find("ours", 0, figures(), "")
-    assert not found.diverged
-    assert found.breaks_first is None
-    assert found.final == pytest.approx(1.0, rel=0.1)
-    assert found.largest_update == {"encoder": 2e-3}
-    assert found.largest_logit == {"estimator": 7.0}
+def outcome(name: str, lr: float, seed: int = 0, broke: bool = False, **more: Any) -> study.Outcome:
+    found = study.judge(name, lr, seed, figures(), "")
+    return replace(found, broke=broke, **more)
 
 
-def test_the_part_that_spikes_first_is_found_though_another_spikes_more() -> None:
-    run = figures()
-    run["gradient/encoder"][120] = 30.0
-    run["gradient/estimator"][130:140] = [500.0] * 10
-    run["loss"][140:] = [5.0] * 60
-    found = study.find("question", 1, run, "")
-    assert found.diverged
-    assert found.diverged_at < 145
-    assert (found.breaks_first, found.breaks_at) == ("encoder", 120)
-    assert found.spikes["encoder"] == 1
-    assert found.spikes["estimator"] >= 5
-    assert study.conclusions([found]) == [
-        f"* **question**: 1 of 1 runs diverged; encoder was the first to spike in 1 of 1; final loss {found.final:.3f}."
-    ]
+def test_a_calm_run_holds() -> None:
+    found = study.judge("ours", 0.1, 0, figures(), "", calmer=figures()["loss"])
+    assert (found.broke, found.broke_at, found.jumps) == (False, None, {})
+    assert found.end == pytest.approx(1.0, rel=0.1)
+    assert found.gradient["encoder"] == pytest.approx(1.0, rel=0.2)
+    assert found.update == {"encoder": 2e-3}
+    assert found.logit == {"estimator": 7.0}
 
 
-def test_a_spike_that_passes_is_not_a_divergence() -> None:
+def test_a_run_that_rises_breaks_and_one_that_only_spikes_does_not() -> None:
     run = figures()
     run["loss"][100] = 20.0
-    assert not study.find("question", 0, run, "").diverged
+    assert not study.judge("question", 0.1, 0, run, "").broke
+    run["loss"][140:] = [5.0] * 60
+    found = study.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
+    assert found.broke
+    assert 140 <= found.broke_at < 145
 
 
-def test_what_is_not_finite_diverges() -> None:
+def test_a_run_that_never_learns_breaks_by_comparison_with_a_calmer_one() -> None:
+    stuck = figures(level=8.0)
+    assert not study.judge("question", 0.1, 0, stuck, "").broke  # it never was better
+    found = study.judge("question", 0.1, 0, stuck, "", calmer=figures()["loss"])
+    assert (found.broke, found.broke_at) == (True, 0)
+    slow = figures(level=8.0)["loss"]
+    assert not study.judge("question", 0.1, 0, figures(), "", calmer=slow).broke
+
+
+def test_what_is_not_finite_breaks() -> None:
     run = figures()
     run["loss"][150:] = [math.nan] * 50
     run["gradient/estimator"][150:] = [math.nan] * 50
-    found = study.find("question", 0, run, "")
-    assert found.diverged
-    assert (found.breaks_first, found.breaks_at) == ("estimator", 150)
-    assert study.find("question", 0, figures(), "step 200: the loss is nan").diverged
+    found = study.judge("question", 0.1, 0, run, "")
+    assert (found.broke, found.broke_at, found.end) == (True, 150, math.inf)
+    assert found.jumps == {"estimator": 150}
+    assert study.judge("question", 0.1, 0, figures(), "step 200: a weight is not finite").broke
 
 
-def test_the_whole_study_runs(tmp_path: Path, capsys) -> None:
+def test_the_first_part_is_named_only_when_every_seed_agrees() -> None:
+    run = figures()
+    run["gradient/encoder"][120] = 30.0
+    run["gradient/estimator"][130:140] = [500.0] * 10
+    run["gradient/embedding"][190] = 500.0  # after the loss has left
+    run["loss"][140:] = [5.0] * 60
+    found = study.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
+    assert found.jumps == {"encoder": 120, "estimator": 130}
+    assert study.first_part([found, found]) == "encoder in every seed"
+    other = replace(found, jumps={"estimator": 90, "encoder": 95})
+    assert study.first_part([found, other]).startswith("no consistent first part (")
+    assert study.first_part([replace(found, jumps={})]) == "no consistent first part (none jumped)"
+
+
+def test_the_margin_ends_at_the_first_seed_that_breaks() -> None:
+    ladder = [outcome("question", lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1)]
+    ladder += [outcome("question", 0.1, 0, broke=True), outcome("question", 0.1, 1)]
+    assert study.margin(ladder, "question") == (1e-2, None)
+    ladder += [outcome("question", 1.0, seed, broke=True) for seed in (0, 1)]
+    assert study.margin(ladder, "question") == (1e-2, 1.0)
+    assert study.margin([outcome("question", 1e-3, broke=True)], "question") == (None, 1e-3)
+
+
+def test_the_part_that_breaks_alone_is_the_one_that_is_named() -> None:
+    runs = [outcome("question", 1e-2), outcome("question", 0.1, broke=True)]
+    runs += [outcome("hot encoder", 1e-2), outcome("hot estimator", 1e-2, broke=True)]
+    lines = study.conclusions(runs, {"question": study.Recipe()})
+    assert lines[0] == ("* **question** holds up to 0.01, 10 times its own rate of 0.001; every seed breaks at 0.1.")
+    assert lines[1] == "* **What breaks**: estimator, alone at the breaking rate, breaks every seed."
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny2", "tiny3"])
+def test_twice_as_wide_keeps_the_mel_and_the_size_of_a_head(name: str) -> None:
+    flow, wide = from_preset(name), build(study.widened(preset(name), 2))
+    assert wide.output_size == flow.output_size == 80
+    assert sum(p.numel() for p in wide.parameters()) > 2.5 * sum(p.numel() for p in flow.parameters())
+    for ours, theirs in zip(attention_modules(wide).values(), attention_modules(flow).values(), strict=True):
+        heads, width = ("h", "linear_q") if hasattr(ours, "linear_q") else ("heads", "to_q")
+        assert getattr(ours, heads) == 2 * getattr(theirs, heads)
+        assert getattr(ours, width).out_features == 2 * getattr(theirs, width).out_features
+
+
+def test_one_part_alone_is_hot() -> None:
+    flow = from_preset("tiny")
+    hot = study.hot_parts(flow, 1e-2, 0.1)
+    rate = {id(p): group["lr"] for group in hot["hot encoder"].optimizer(flow).param_groups for p in group["params"]}
+    for part, named in named_part_parameters(flow).items():
+        assert {rate[id(p)] for p in named.values()} == {0.1 if part == "encoder" else 1e-2}
+    assert hot["hot all but estimator"] == study.Recipe(0.1, own=(("estimator", 1e-2),))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A run of the whole study in its smallest size, and its arguments; at a rate of 10,000 every part breaks."""
+    folder = tmp_path_factory.mktemp("study")
     wav, rate = soundfile.read(SPEECH)
     for number in range(4):
-        (tmp_path / f"speaker{number % 2}").mkdir(exist_ok=True)
-        soundfile.write(tmp_path / f"speaker{number % 2}" / f"{number}.wav", wav[number * rate // 2 :][:rate], rate)
-    out = tmp_path / "out"
-    options = [
-        "--tiny",
-        "--preset",
-        "tiny3",
-        "--data",
-        str(tmp_path),
-        "--steps",
-        "6",
-        "--seeds",
-        "2",
-        "--device",
-        "cpu",
-    ]
-    assert study.main([*options, "--out", str(out)]) == 0
+        (folder / f"speaker{number % 2}").mkdir(exist_ok=True)
+        soundfile.write(folder / f"speaker{number % 2}" / f"{number}.wav", wav[number * rate // 2 :][: rate // 2], rate)
+    options = ["--tiny", "--data", str(folder), "--steps", "4", "--seeds", "1", "--device", "cpu"]
+    options += ["--out", str(folder / "out")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "TINY", replace(study.TINY, rates=(1e-3, 1e4)))
+        assert study.main(options) == 0
+    return folder / "out", options
+
+
+def test_the_whole_study_runs(finished: tuple[Path, list[str]]) -> None:
+    out, _ = finished
     results = json.loads((out / "results.json").read_text())
-    assert [(f["recipe"], f["seed"]) for f in results["findings"]] == [
-        (recipe, seed) for recipe in ("question", "decoder", "ours") for seed in (0, 1)
-    ]
+    found = [(o["name"], o["lr"]) for o in results["outcomes"]]
+    both = (1e-3, 1e4)
+    assert found[:2] == [("question", lr) for lr in both]
+    assert found[-4:] == [(recipe, lr) for recipe in ("ours", "decoder") for lr in both]
+    changes = [*(f"hot {part}" for part in parts(from_preset("tiny"))), "hot all but estimator"]
+    changes += ["clipping at 1", "groups and AdamW", "warm-up x 2", "batch x 2"]
+    assert [name for name, _ in found[2:-4]] == changes
+    text = (out / "report.md").read_text()
+    assert "| estimator at 10000, the rest at 0.001 |" in text
     for name in ("loss.png", "gradients.png"):
         assert (out / name).stat().st_size > 10_000
-    text = (out / "report.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "| decoder | 0.001 | frozen | 5 | 2 |" in text
-    frozen, trained = (study.read_figures(out / name / "0") for name in ("decoder", "question"))
-    assert "gradient/embedding" not in frozen
-    assert "gradient/embedding" in trained
+
+
+def test_a_frozen_condition_is_that_of_our_recipe_and_gets_no_gradient(finished: tuple[Path, list[str]]) -> None:
+    out, _ = finished
+    frozen, trained = (study.read_figures(out / "runs" / name / "0.001" / "0") for name in ("decoder", "question"))
+    assert [column for column in frozen if column.startswith("gradient/")] == ["gradient/estimator"]
+    assert "gradient/encoder" in trained
+
+
+def test_a_run_that_is_there_is_not_repeated(finished: tuple[Path, list[str]], monkeypatch) -> None:
+    out, options = finished
+    before = (out / "report.md").read_text()
+    monkeypatch.setattr(study, "TINY", replace(study.TINY, rates=(1e-3, 1e4)))
+    missing = out / "runs" / "decoder" / "0.001" / "0" / "done.json"
+    missing.unlink()
+    trained = []
+    train = study.Study.train
+    monkeypatch.setattr(study.Study, "train", lambda self, *given: trained.append(given[-1]) or train(self, *given))
+    assert study.main(options) == 0
+    assert trained == ["decoder, 0.001, seed 0"]
+    assert (out / "report.md").read_text() == before
 
 
 def test_speech_comes_from_espeak(tmp_path: Path) -> None:
