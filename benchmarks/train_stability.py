@@ -25,23 +25,23 @@ are not repeated, so the same command goes on where it was cut off.
 """
 
 import argparse
-import csv
 import json
 import logging
 import math
 import random
+import re
 import shutil
-import statistics
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import describe
+from stability_report import Figures, Outcome, draw_gradients, draw_loss, judge, margin, read_figures, report, rungs
 
 import fastflow
 from fastflow.config import PRESETS, build, preset
@@ -56,18 +56,8 @@ the a one this every quick quiet distant river mountain speaker window morning n
 follows remembers carries answers reaches opens paints above behind without toward near golden slowly often again seven
 twelve hundred music water paper winter summer silver bright hollow
 """
-WORSE = 1.5  # a run breaks when it ends at so many times the loss that it could have
-JUMP = 3.0  # a gradient norm jumps when it is so many times the median of the steps before
-HISTORY = 20  # steps of that median
-WIDTHS = {  # of each class, what "twice as wide" doubles; heads keep their size
-    "MaskedDiffWithXvec": ("input_size",),
-    "CausalMaskedDiffWithXvec": ("input_size",),
-    "ConformerEncoder": ("input_size", "output_size", "linear_units", "attention_heads"),
-    "UpsampleConformerEncoder": ("input_size", "output_size", "linear_units", "attention_heads"),
-    "ConditionalDecoder": ("channels", "num_heads"),
-    "CausalConditionalDecoder": ("channels", "num_heads"),
-    "DiT": ("dim", "heads"),
-}
+# The convolutions that a U-Net applies to its residual stream itself, with no norm between them.
+STREAM = re.compile(r"decoder\.estimator\.(.*\.res_conv|(down|up)_blocks\.\d+\.2(\.conv)?)\.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class Config:
         larger: batch of our recipe over that of the question.
         recompute: memory mode of our recipe; exact, so the small sizes, whose batch fits, do without.
         rates: the rungs of the ladder.
-        wide: also climb with a flow of twice the width.
+        middle: blocks in the middle of the U-Net of another flow that climbs too, 0 for none.
     """
 
     preset: str
@@ -93,14 +83,12 @@ class Config:
     recompute: str
     seeds: int
     rates: tuple[float, ...]
-    wide: bool
+    middle: int
 
 
-TINY = Config("tiny", 2, 4, 30, 4, 200, 2, "none", 1, (1e-3, 1.0), False)
-SMALL = Config("tiny", 6, 20, 160, 20, 300, 2, "none", 3, (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), True)
-FULL = Config(
-    "cosyvoice-fromscratch", 12, 400, 20_000, 2500, 4000, 4, "block", 2, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), False
-)
+TINY = Config("tiny", 2, 4, 30, 4, 200, 2, "none", 1, (1e-3, 1.0), 0)
+SMALL = Config("tiny", 6, 20, 160, 20, 300, 2, "none", 3, (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0), 8)
+FULL = Config("cosyvoice-fromscratch", 12, 400, 20_000, 2500, 4000, 4, "block", 2, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 0)
 
 
 @dataclass(frozen=True)
@@ -109,10 +97,11 @@ class Recipe:
 
     Attributes:
         lr: highest learning rate, that of the recipe as published or advised; a ladder replaces it.
-        own: parts with a learning rate of their own.
+        own: learning rates of their own, of parts or of the ``stream`` convolutions of the estimator.
         grouped: AdamW with decay on weights only and half the rate before the estimator, else Adam.
         clip: largest gradient norm.
-        warm_up, batch, width: over those of the config.
+        warm_up, batch: over those of the config.
+        middle: blocks in the middle of the U-Net, 0 for those of the preset.
         decoder_only: the condition is frozen.
     """
 
@@ -122,30 +111,36 @@ class Recipe:
     clip: float = 5.0
     warm_up: int = 1
     batch: int = 1
-    width: int = 1
+    middle: int = 0
     decoder_only: bool = False
 
     def optimizer(self, flow: Any) -> torch.optim.Optimizer:
         if self.grouped:
             return torch.optim.AdamW(parameter_groups(flow, self.lr, encoder_scale=0.5), betas=(0.9, 0.98))
-        rates = dict(self.own)
-        trained = {
-            p: [w for w in named.values() if w.requires_grad] for p, named in named_part_parameters(flow).items()
-        }
-        return torch.optim.Adam([{"params": ws, "lr": rates.get(p, self.lr)} for p, ws in trained.items() if ws])
+        rates, groups = dict(self.own), defaultdict(list)
+        for part, named in named_part_parameters(flow).items():
+            for name, parameter in named.items():
+                own = "stream" if STREAM.match(name) and "stream" in rates else part
+                if parameter.requires_grad:
+                    groups[rates.get(own, self.lr)].append(parameter)
+        return torch.optim.Adam([{"params": parameters, "lr": rate} for rate, parameters in groups.items()])
 
 
 def recipes(config: Config) -> dict[str, Recipe]:
     """Those that climb; ``ours`` before ``decoder``, which starts from it."""
     ours = Recipe(3e-4, grouped=True, clip=1.0, warm_up=2, batch=config.larger)
     arms = {"question": Recipe(), "ours": ours, "decoder": Recipe(decoder_only=True)}
-    return {**arms, "twice as wide": Recipe(width=2)} if config.wide else arms
+    return {**arms, f"{config.middle} middle blocks": Recipe(middle=config.middle)} if config.middle else arms
 
 
 def hot_parts(flow: Any, holds: float, breaks: float) -> dict[str, Recipe]:
-    """The question's recipe with one part at the rate that breaks, or all but the estimator."""
+    """The question's recipe with one part at the rate that breaks, and what it takes to find which half of the flow."""
     hot = {f"hot {part}": Recipe(holds, own=((part, breaks),)) for part in parts(flow)}
-    return {**hot, "hot all but estimator": Recipe(breaks, own=(("estimator", holds),))}
+    hot["hot all but estimator"] = Recipe(breaks, own=(("estimator", holds),))
+    if any(STREAM.match(name) for name, _ in flow.named_parameters()):
+        hot["hot estimator's stream"] = Recipe(holds, own=(("stream", breaks),))
+        hot["hot estimator but its stream"] = Recipe(holds, own=(("estimator", breaks), ("stream", holds)))
+    return hot
 
 
 def ingredients(config: Config, breaks: float) -> dict[str, Recipe]:
@@ -188,16 +183,6 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ training
-def widened(spec: Any, factor: int) -> Any:
-    """A spec with every width of :data:`WIDTHS` times ``factor``."""
-    if not isinstance(spec, dict):
-        return spec
-    wide = {name: widened(value, factor) for name, value in spec.items()}
-    for name in WIDTHS.get(spec.get("class", ""), ()):
-        wide[name] = [x * factor for x in wide[name]] if isinstance(wide[name], list) else wide[name] * factor
-    return wide
-
-
 @dataclass
 class Study:
     """What all runs share."""
@@ -211,14 +196,17 @@ class Study:
     def fresh(self, recipe: Recipe, seed: int) -> Any:
         random.seed(seed)
         torch.manual_seed(seed)
-        flow: Any = build(widened(preset(self.config.preset), recipe.width)).to(self.device)
+        spec = preset(self.config.preset)
+        if recipe.middle:
+            spec["decoder"]["estimator"]["num_mid_blocks"] = recipe.middle
+        flow: Any = build(spec).to(self.device)
         flow.recompute = self.config.recompute if recipe.batch > 1 else "none"
         return flow
 
     def folder(self, name: str, recipe: Recipe, seed: int) -> Path:
         return self.out / "runs" / name / f"{recipe.lr:g}" / str(seed)
 
-    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Any, str]:
+    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Figures, str]:
         """The figures of a run, and what ended it early or nothing; trained only if it is not there.
 
         Args:
@@ -227,9 +215,7 @@ class Study:
         folder = self.folder(name, recipe, seed)
         done = folder / "done.json"
         asked = json.loads(
-            json.dumps(
-                {"config": asdict(replace(self.config, rates=(), seeds=0, wide=False)), "recipe": asdict(recipe)}
-            )
+            json.dumps({"config": asdict(replace(self.config, rates=(), seeds=0, middle=0)), "recipe": asdict(recipe)})
         )
         if not done.exists() or (found := json.loads(done.read_text())) | asked != found:
             shutil.rmtree(folder, ignore_errors=True)
@@ -256,7 +242,10 @@ class Study:
         batches = FrameBatches(lengths(self.samples), recipe.batch * self.config.frames, seed=seed)
         random.seed(seed)
         torch.manual_seed(seed)
-        every = max(1, self.config.steps // 50)
+        every, stopped, stream = max(1, self.config.steps // 50), "", []
+        last = getattr(flow.decoder.estimator, "final_block", None)
+        if last is not None:
+            last.register_forward_pre_hook(lambda module, given: stream.append(given[0].detach().abs().amax()))
         with (
             StabilityMonitor(flow, optimizer, clip_norm=recipe.clip, sample_every=every, log_dir=folder) as monitor,
             tqdm(range(self.config.steps), desc=title, unit="step", dynamic_ncols=True) as bar,
@@ -269,130 +258,16 @@ class Study:
                 try:
                     bar.set_postfix(loss=f"{monitor.step(loss).figures['loss']:.3f}", refresh=False)
                 except NonFiniteError as error:
-                    return str(error)
+                    stopped = str(error)
+                    break
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-        return ""
+        (folder / "stream.json").write_text(json.dumps([float(x) for x in stream]))
+        return stopped
 
     def mean_spectrum_loss(self) -> float:
         """Of an estimator that knows the mean of each mel channel and nothing else: their variance and the noise's."""
         return 1 + torch.cat([sample.mel for sample in self.samples]).var(0).mean().item()
-
-
-def read_figures(folder: Path) -> dict[str, list[float]]:
-    """The columns of ``figures.csv``; NaN for empty cells."""
-    with open(folder / "figures.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name != "action"]
-    return {name: [float(row[name] or "nan") for row in rows] for name in names}
-
-
-# ------------------------------------------------------------------------------------------------ findings
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        end: mean loss of the last tenth of the steps; infinite if it stopped early or is not finite.
-        broke: ``end`` is above 1.5 times the lowest smoothed loss of the run, or 1.5 times the end of a calmer run.
-        broke_at: the step from which on the smoothed loss stayed above 1.5 times that of the calmer run.
-        jumps: of each part, the first step whose gradient norm was 3 times the median of the 20 before, if there is one
-            up to ``broke_at``.
-        signs: by column of the monitor: of ``gradient/<part>`` the median of the last tenth; of ``update/<part>``
-            (update over weights) and ``logit/<part>`` the largest that was sampled.
-        stopped: why the run ended early, if it did.
-    """
-
-    name: str
-    lr: float
-    seed: int
-    end: float
-    broke: bool
-    broke_at: int | None
-    jumps: dict[str, int]
-    signs: dict[str, float]
-    stopped: str
-
-
-def smooth(values: Sequence[float]) -> list[float]:
-    """Running mean over a twentieth of the values, of fewer at the start."""
-    width = max(1, len(values) // 20)
-    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-
-
-def judge(
-    name: str, lr: float, seed: int, figures: dict[str, list[float]], stopped: str, calmer: Sequence[float] = ()
-) -> Outcome:
-    """Whether a run broke, where, and what went before.
-
-    Args:
-        calmer: losses of a run that holds, of the same seed; none for the lowest rung.
-    """
-    losses = figures["loss"]
-    tail = max(1, len(losses) // 10)
-    end = statistics.fmean(losses[-tail:])
-    end = end if math.isfinite(end) and not stopped else math.inf
-    smoothed = smooth(losses)
-    could = min((x for x in smoothed[tail:] if math.isfinite(x)), default=0.0)
-    if calmer:
-        could = min(could, statistics.fmean(calmer[-tail:]))
-    broke = not end <= WORSE * could
-    broke_at = None
-    if broke:
-        against = smooth(calmer) if calmer else [could] * len(losses)
-        worse = [not mine <= WORSE * other for mine, other in zip(smoothed, against, strict=False)]
-        broke_at = max((i + 1 for i, flag in enumerate(worse) if not flag), default=0)
-    jumps, signs = {}, {}
-    for column, values in figures.items():
-        kind, _, part = column.partition("/")
-        known = [x for x in values if not math.isnan(x)]
-        if kind == "gradient" and part:
-            signs[column] = statistics.median(known[-tail:] or [math.nan])
-            jumps[part] = first_jump(values[: None if broke_at is None else broke_at + 1])
-        elif kind in ("update", "logit") and known:
-            signs[column] = max(known)
-    jumped = {part: step for part, step in jumps.items() if step is not None}
-    return Outcome(name, lr, seed, end, broke, broke_at, jumped, signs, stopped)
-
-
-def first_jump(norms: Sequence[float]) -> int | None:
-    """The first step above 3 times the median of up to 20 before it, at least 5; or that is not finite."""
-    for step, norm in enumerate(norms):
-        before = norms[max(0, step - HISTORY) : step]
-        if not math.isfinite(norm) or (len(before) >= 5 and norm > JUMP * statistics.median(before)):
-            return step
-    return None
-
-
-def rungs(outcomes: Iterable[Outcome], name: str) -> dict[float, list[Outcome]]:
-    """The outcomes of a recipe by learning rate, ascending."""
-    found: dict[float, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda o: o.lr):
-        if outcome.name == name:
-            found.setdefault(outcome.lr, []).append(outcome)
-    return found
-
-
-def margin(outcomes: Iterable[Outcome], name: str) -> tuple[float | None, float | None]:
-    """The largest rate up to which no seed breaks, and the smallest at which all do; None where there is none."""
-    holds, ladder = None, rungs(outcomes, name)
-    for lr, rung in ladder.items():
-        if any(outcome.broke for outcome in rung):
-            break
-        holds = lr
-    return holds, next((lr for lr, rung in ladder.items() if all(outcome.broke for outcome in rung)), None)
-
-
-def first_part(outcomes: Sequence[Outcome]) -> str:
-    """Which part's gradient jumped first before the runs broke, in words."""
-    firsts: Counter[str] = Counter()
-    for outcome in outcomes:
-        if outcome.jumps:
-            first = min(outcome.jumps.values())
-            firsts.update(part for part, step in outcome.jumps.items() if step == first)
-    common = [part for part, count in firsts.items() if count == len(outcomes)]
-    counts = ", ".join(f"{part} {count} of {len(outcomes)}" for part, count in firsts.most_common()) or "none jumped"
-    return f"{common[0]} in every seed" if len(common) == 1 else f"no consistent first part ({counts})"
 
 
 # ------------------------------------------------------------------------------------------------ the experiment
@@ -402,13 +277,21 @@ def experiment(study: Study) -> list[Outcome]:
     outcomes = climb(study, *question, ())
     holds, breaks = margin(outcomes, "question")
     if holds is not None and breaks is not None:
-        changed = {**hot_parts(study.fresh(Recipe(), 0), holds, breaks), **ingredients(study.config, breaks)}
-        for name, recipe in changed.items():
-            for seed in range(study.config.seeds):
-                calmer = read_figures(study.folder("question", Recipe(holds), seed))["loss"]
-                outcomes.append(judge(name, recipe.lr, seed, *study.run(name, recipe, seed), calmer=calmer))
+        outcomes += compare(study, hot_parts(study.fresh(Recipe(), 0), holds, breaks), holds)
     for name, recipe in others:
         outcomes += climb(study, name, recipe, outcomes)
+        if name == "decoder" and holds is not None and breaks is not None:
+            outcomes += compare(study, ingredients(study.config, breaks), holds)
+    return outcomes
+
+
+def compare(study: Study, changed: dict[str, Recipe], holds: float) -> list[Outcome]:
+    """Runs of changed recipes, judged by the question's at the rate that holds."""
+    outcomes = []
+    for name, recipe in changed.items():
+        for seed in range(study.config.seeds):
+            calmer = read_figures(study.folder("question", Recipe(holds), seed))["loss"]
+            outcomes.append(judge(name, recipe.lr, seed, *study.run(name, recipe, seed), calmer=calmer))
     return outcomes
 
 
@@ -435,182 +318,6 @@ def best_condition(study: Study, outcomes: Sequence[Outcome], seed: int) -> Path
     """The weights of the run of ``ours`` that ended lowest."""
     best = min((o for o in outcomes if o.name == "ours" and o.seed == seed), key=lambda o: o.end)
     return study.folder("ours", Recipe(best.lr), seed) / "flow.pt"
-
-
-# ------------------------------------------------------------------------------------------------ the report
-def report(study: Study, outcomes: list[Outcome]) -> str:
-    """The findings as markdown."""
-    config, arms = study.config, recipes(study.config)
-    rates = sorted({outcome.lr for name in arms for outcome in outcomes if outcome.name == name})
-    lines = [
-        "# What diverges, and what helps?",
-        "",
-        *conclusions(outcomes, arms),
-        "",
-        f"Preset {config.preset}, {config.steps} steps a run, {config.seeds} seeds, {len(study.samples)} utterances of "
-        f"{sum(lengths(study.samples))} frames in all, on {study.device}. A run breaks when its last tenth of the "
-        f"steps ends above {WORSE:g} times its lowest smoothed loss, or the end of the best calmer run of its seed. "
-        f"A flow that knows the mean spectrum and nothing else has a loss of {study.mean_spectrum_loss():.1f}.",
-        "",
-        "## Loss at the end by learning rate",
-        "",
-        "Median of the seeds; in brackets how many broke.",
-        "",
-        "| recipe | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
-        "|---" * (len(rates) + 1) + "|",
-    ]
-    for name in arms:
-        ladder = rungs(outcomes, name)
-        lines.append(f"| {name} | " + " | ".join(_cell(ladder.get(lr, [])) for lr in rates) + " |")
-    holds, breaks = margin(outcomes, "question")
-    if holds is not None and breaks is not None:
-        lines += changes(outcomes, holds, breaks, ingredients(config, breaks))
-    return "\n".join([*lines, ""])
-
-
-def _cell(runs: Sequence[Outcome]) -> str:
-    if not runs:
-        return ""
-    broken = sum(outcome.broke for outcome in runs)
-    return f"{statistics.median(outcome.end for outcome in runs):.2f}" + (f" ({broken})" if broken else "")
-
-
-def changes(outcomes: Sequence[Outcome], holds: float, breaks: float, helps: Iterable[str]) -> list[str]:
-    calm, broken = rungs(outcomes, "question")[holds], rungs(outcomes, "question")[breaks]
-    lines = [
-        "",
-        f"## One change, between the rates {holds:g} and {breaks:g}",
-        "",
-        "| | loss at the end | broke |",
-        "|---|---|---|",
-    ]
-    cases = {f"question at {holds:g}": calm, f"question at {breaks:g}": broken}
-    for name in dict.fromkeys(outcome.name for outcome in outcomes):
-        if name.startswith("hot "):
-            cases[f"{name.removeprefix('hot ')} at {breaks:g}, the rest at {holds:g}"] = _runs(outcomes, name)
-    cases |= {f"all at {breaks:g}, {name}": _runs(outcomes, name) for name in helps}
-    for name, runs in cases.items():
-        end = statistics.median(outcome.end for outcome in runs)
-        lines.append(f"| {name} | {end:.2f} | {sum(outcome.broke for outcome in runs)} of {len(runs)} |")
-    lines += [
-        "",
-        "## Signs, by part",
-        "",
-        f"Medians of the seeds, question at {holds:g} and at {breaks:g}. A jump is a gradient norm {JUMP:g} times the "
-        f"median of the {HISTORY} steps before, at or before the step at which the loss left the calmer run.",
-        "",
-        "| part | largest update / weights | gradient norm at the end | largest logit | first jump at step, by seed |",
-        "|---|---|---|---|---|",
-    ]
-    for part in (column.removeprefix("gradient/") for column in calm[0].signs if column.startswith("gradient/")):
-        cells = [_pair(calm, broken, f"{kind}/{part}") for kind in ("update", "gradient", "logit")]
-        jumps = ", ".join(str(outcome.jumps.get(part, "none")) for outcome in broken)
-        lines.append(f"| {part} | {' | '.join(cells)} | {jumps} |")
-    left = ", ".join(str(outcome.broke_at) for outcome in broken)
-    return [*lines, f"| *the loss left the calmer run* | | | | {left} |"]
-
-
-def _runs(outcomes: Sequence[Outcome], name: str) -> list[Outcome]:
-    return [outcome for outcome in outcomes if outcome.name == name]
-
-
-def _pair(calm: Sequence[Outcome], broken: Sequence[Outcome], column: str) -> str:
-    sides = [[outcome.signs[column] for outcome in side if column in outcome.signs] for side in (calm, broken)]
-    return " to ".join(f"{statistics.median(side):.2g}" for side in sides) if all(sides) else ""
-
-
-def conclusions(outcomes: Sequence[Outcome], arms: dict[str, Recipe]) -> list[str]:
-    """The findings, a sentence each."""
-    lines = []
-    for name, recipe in arms.items():
-        holds, breaks = margin(outcomes, name)
-        top = max(rungs(outcomes, name))
-        if holds is None:
-            line = f"breaks at the lowest rate tried, {min(rungs(outcomes, name)):g}"
-        else:
-            line = f"holds up to {holds:g}, {holds / recipe.lr:.3g} times its own rate of {recipe.lr:g}"
-        every = f"every seed breaks at {breaks:g}" if breaks else f"at {top:g} some seed still holds"
-        lines.append(f"* **{name}** {line}; {every}.")
-    holds, breaks = margin(outcomes, "question")
-    if holds is None or breaks is None:
-        return lines
-    hot = dict.fromkeys(outcome.name for outcome in outcomes if outcome.name.startswith("hot "))
-    guilty = [name for name in hot if all(outcome.broke for outcome in _runs(outcomes, name))]
-    named = ", ".join(name.removeprefix("hot ") for name in guilty) or "no single part"
-    lines.append(f"* **What breaks**: {named}, alone at the breaking rate, breaks every seed.")
-    lines.append(f"* **Whose gradient jumps first**: {first_part(rungs(outcomes, 'question')[breaks])}.")
-    return lines
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-def draw_loss(path: Path, outcomes: list[Outcome], arms: Iterable[str], level: float) -> None:
-    """Loss at the end: left by learning rate, right with one thing changed."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 5), dpi=110, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, name in enumerate(arms):
-        ladder = rungs(outcomes, name)
-        medians = [statistics.median(o.end for o in rung) for rung in ladder.values()]
-        left.plot(list(ladder), medians, color=f"C{number}", label=name)
-        for broke, marker in ((False, "o"), (True, "x")):
-            chosen = [o for o in _runs(outcomes, name) if o.broke == broke]
-            left.plot([o.lr for o in chosen], [o.end for o in chosen], marker, color=f"C{number}", markersize=5)
-    left.set(xscale="log", yscale="log", xlabel="highest learning rate", ylabel="flow-matching loss at the end")
-    left.set_title("median and seeds; a cross is a run that broke")
-    changed = list(dict.fromkeys(o.name for o in outcomes if o.name not in arms))
-    holds, breaks = margin(outcomes, "question")
-    cases = []
-    if holds is not None and breaks is not None:
-        ladder = rungs(outcomes, "question")
-        cases = [(f"question at {holds:g}", ladder[holds]), (f"question at {breaks:g}", ladder[breaks])]
-        right.set_title(f"hot: at {breaks:g}, the rest at {holds:g}; others: all at {breaks:g}")
-    cases += [(name, _runs(outcomes, name)) for name in changed]
-    for row, (_, runs) in enumerate(cases):
-        for o in runs:
-            right.plot(o.end, row, "x" if o.broke else "o", color="C3" if o.broke else "C0")
-    right.set_yticks(range(len(cases)), [name for name, _ in cases])
-    right.invert_yaxis()
-    right.set(xscale="log", xlabel="flow-matching loss at the end")
-    left.axhline(level, color="grey", linestyle="--", label="knows the mean spectrum only")
-    right.axvline(level, color="grey", linestyle="--")
-    left.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.grid(alpha=0.3, which="both")
-    figure.savefig(path)
-
-
-def draw_gradients(path: Path, study: Study, outcomes: list[Outcome]) -> None:
-    """Loss and gradient norm of each part by step, at the rate that holds and the one that breaks; nothing without."""
-    from matplotlib.figure import Figure
-
-    ladder = rungs(outcomes, "question")
-    figure = Figure(figsize=(13, 7), dpi=110, layout="constrained")
-    holds, breaks = margin(outcomes, "question")
-    rates = [rate for rate in (holds, breaks) if rate is not None]
-    axes = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
-    for (above, below), rate in zip(axes.T, rates, strict=True):
-        runs = [study.run("question", Recipe(rate), o.seed)[0] for o in ladder[rate]]
-        for seed, figures in enumerate(runs):
-            above.plot(smooth(figures["loss"]), color="black", alpha=0.7, label="one line a seed" if not seed else None)
-        above.axhline(study.mean_spectrum_loss(), color="grey", linestyle="--", label="knows the mean spectrum only")
-        for number, column in enumerate(column for column in runs[0] if column.startswith("gradient/")):
-            for i, figures in enumerate(runs):
-                label = column.removeprefix("gradient/") if i == 0 else None
-                below.plot(figures[column], color=f"C{number}", linewidth=0.9, alpha=0.8, label=label)
-        above.set(title=f"question at {rate:g}", yscale="log")
-        below.set(xlabel="optimizer step", yscale="log")
-        for outcome in ladder[rate]:
-            if outcome.broke_at is not None:
-                for axis in (above, below):
-                    axis.axvline(outcome.broke_at, color="C3", linestyle=":", linewidth=1)
-        for axis in (above, below):
-            axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("loss (running mean)")
-    axes[1][0].set_ylabel("gradient norm before clipping")
-    axes[0][0].legend(frameon=False, fontsize=8)
-    axes[1][0].legend(frameon=False, fontsize=8, ncols=2)
-    figure.savefig(path)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -655,13 +362,19 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     logging.getLogger("fastflow.training.monitor").setLevel(logging.ERROR)  # spikes are what is provoked here
     study = Study(config, read_folder(speech, fastflow.from_preset(config.preset)), args.device, args.out, args.bf16)
     where, arms = describe(args.device), recipes(config)
-    outcomes = experiment(study)
-    draw_loss(args.out / "loss.png", outcomes, arms, study.mean_spectrum_loss())
-    draw_gradients(args.out / "gradients.png", study, outcomes)
-    text = report(study, outcomes)
+    outcomes, own, level = experiment(study), {name: arm.lr for name, arm in arms.items()}, study.mean_spectrum_loss()
+    draw_loss(args.out / "loss.png", outcomes, own, level)
+    seeds, ladder = range(config.seeds), rungs(outcomes, "question")
+    rates = [rate for rate in margin(outcomes, "question") if rate is not None] or [min(ladder)]
+    curves = {rate: [read_figures(study.folder("question", Recipe(rate), seed)) for seed in seeds] for rate in rates}
+    draw_gradients(args.out / "gradients.png", outcomes, curves, level)
+    setting = f"Preset {config.preset} on {args.device}, {config.steps} steps a run, {config.seeds} seeds, "
+    setting += f"{len(study.samples)} utterances of {sum(lengths(study.samples))} frames in all."
+    text = report(outcomes, own, setting, level)
     (args.out / "report.md").write_text(text)
-    results = {"config": asdict(config), "recipes": {name: asdict(recipe) for name, recipe in arms.items()}}
-    results |= {"outcomes": [asdict(outcome) for outcome in outcomes], "where": where}
+    results: dict[str, Any] = {"config": asdict(config), "where": where}
+    results["recipes"] = {name: asdict(recipe) for name, recipe in arms.items()}
+    results["outcomes"] = [asdict(outcome) for outcome in outcomes]
     (args.out / "results.json").write_text(json.dumps(rounded(results)))
     print(text)
     return outcomes

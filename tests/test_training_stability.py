@@ -14,15 +14,14 @@ import pytest
 import soundfile
 
 from fastflow import from_preset
-from fastflow.config import build, preset
 from fastflow.demo import SPEECH
-from fastflow.training.attention_logits import attention_modules
-from fastflow.training.parts import named_part_parameters, parts
+from fastflow.training.parts import parts
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not (BENCHMARKS / "train_stability.py").is_file():
     pytest.skip("not run: the study is only in the source tree", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
+import stability_report as findings  # noqa: E402
 import train_stability as study  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
@@ -40,47 +39,47 @@ def figures(*, level: float = 1.0, **changes: list[float]) -> dict[str, list[flo
     return {**columns, "update/encoder": [math.nan, 1e-3, 2e-3], "logit/estimator": [math.nan, 7.0], **changes}
 
 
-def outcome(name: str, lr: float, seed: int = 0, broke: bool = False, **more: Any) -> study.Outcome:
-    found = study.judge(name, lr, seed, figures(), "")
+def outcome(name: str, lr: float, seed: int = 0, broke: bool = False, **more: Any) -> findings.Outcome:
+    found = findings.judge(name, lr, seed, figures(), "")
     return replace(found, broke=broke, **more)
 
 
 def test_a_calm_run_holds() -> None:
-    found = study.judge("ours", 0.1, 0, figures(), "", calmer=figures()["loss"])
+    found = findings.judge("ours", 0.1, 0, figures(), "", calmer=figures()["loss"])
     assert (found.broke, found.broke_at, found.jumps) == (False, None, {})
     assert found.end == pytest.approx(1.0, rel=0.1)
-    assert found.gradient["encoder"] == pytest.approx(1.0, rel=0.2)
-    assert found.update == {"encoder": 2e-3}
-    assert found.logit == {"estimator": 7.0}
+    assert found.signs["gradient/encoder"] == pytest.approx(1.0, rel=0.2)
+    assert found.signs["update/encoder"] == 2e-3
+    assert found.signs["logit/estimator"] == 7.0
 
 
 def test_a_run_that_rises_breaks_and_one_that_only_spikes_does_not() -> None:
     run = figures()
     run["loss"][100] = 20.0
-    assert not study.judge("question", 0.1, 0, run, "").broke
+    assert not findings.judge("question", 0.1, 0, run, "").broke
     run["loss"][140:] = [5.0] * 60
-    found = study.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
+    found = findings.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
     assert found.broke
     assert 140 <= found.broke_at < 145
 
 
 def test_a_run_that_never_learns_breaks_by_comparison_with_a_calmer_one() -> None:
     stuck = figures(level=8.0)
-    assert not study.judge("question", 0.1, 0, stuck, "").broke  # it never was better
-    found = study.judge("question", 0.1, 0, stuck, "", calmer=figures()["loss"])
+    assert not findings.judge("question", 0.1, 0, stuck, "").broke  # it never was better
+    found = findings.judge("question", 0.1, 0, stuck, "", calmer=figures()["loss"])
     assert (found.broke, found.broke_at) == (True, 0)
     slow = figures(level=8.0)["loss"]
-    assert not study.judge("question", 0.1, 0, figures(), "", calmer=slow).broke
+    assert not findings.judge("question", 0.1, 0, figures(), "", calmer=slow).broke
 
 
 def test_what_is_not_finite_breaks() -> None:
     run = figures()
     run["loss"][150:] = [math.nan] * 50
     run["gradient/estimator"][150:] = [math.nan] * 50
-    found = study.judge("question", 0.1, 0, run, "")
+    found = findings.judge("question", 0.1, 0, run, "")
     assert (found.broke, found.broke_at, found.end) == (True, 150, math.inf)
     assert found.jumps == {"estimator": 150}
-    assert study.judge("question", 0.1, 0, figures(), "step 200: a weight is not finite").broke
+    assert findings.judge("question", 0.1, 0, figures(), "step 200: a weight is not finite").broke
 
 
 def test_the_first_part_is_named_only_when_every_seed_agrees() -> None:
@@ -89,49 +88,67 @@ def test_the_first_part_is_named_only_when_every_seed_agrees() -> None:
     run["gradient/estimator"][130:140] = [500.0] * 10
     run["gradient/embedding"][190] = 500.0  # after the loss has left
     run["loss"][140:] = [5.0] * 60
-    found = study.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
+    found = findings.judge("question", 0.1, 0, run, "", calmer=figures()["loss"])
     assert found.jumps == {"encoder": 120, "estimator": 130}
-    assert study.first_part([found, found]) == "encoder in every seed"
+    assert findings.first_part([found, found]) == "encoder in every seed"
     other = replace(found, jumps={"estimator": 90, "encoder": 95})
-    assert study.first_part([found, other]).startswith("no consistent first part (")
-    assert study.first_part([replace(found, jumps={})]) == "no consistent first part (none jumped)"
+    assert findings.first_part([found, other]).startswith("no consistent first part (")
+    assert findings.first_part([replace(found, jumps={})]) == "no consistent first part (none jumped)"
 
 
 def test_the_margin_ends_at_the_first_seed_that_breaks() -> None:
     ladder = [outcome("question", lr, seed) for lr in (1e-3, 1e-2) for seed in (0, 1)]
     ladder += [outcome("question", 0.1, 0, broke=True), outcome("question", 0.1, 1)]
-    assert study.margin(ladder, "question") == (1e-2, None)
+    assert findings.margin(ladder, "question") == (1e-2, None)
     ladder += [outcome("question", 1.0, seed, broke=True) for seed in (0, 1)]
-    assert study.margin(ladder, "question") == (1e-2, 1.0)
-    assert study.margin([outcome("question", 1e-3, broke=True)], "question") == (None, 1e-3)
+    assert findings.margin(ladder, "question") == (1e-2, 1.0)
+    assert findings.margin([outcome("question", 1e-3, broke=True)], "question") == (None, 1e-3)
 
 
 def test_the_part_that_breaks_alone_is_the_one_that_is_named() -> None:
     runs = [outcome("question", 1e-2), outcome("question", 0.1, broke=True)]
     runs += [outcome("hot encoder", 1e-2), outcome("hot estimator", 1e-2, broke=True)]
-    lines = study.conclusions(runs, {"question": study.Recipe()})
+    lines = findings.conclusions(runs, {"question": 1e-3})
     assert lines[0] == ("* **question** holds up to 0.01, 10 times its own rate of 0.001; every seed breaks at 0.1.")
     assert lines[1] == "* **What breaks**: estimator, alone at the breaking rate, breaks every seed."
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny2", "tiny3"])
-def test_twice_as_wide_keeps_the_mel_and_the_size_of_a_head(name: str) -> None:
-    flow, wide = from_preset(name), build(study.widened(preset(name), 2))
-    assert wide.output_size == flow.output_size == 80
-    assert sum(p.numel() for p in wide.parameters()) > 2.5 * sum(p.numel() for p in flow.parameters())
-    for ours, theirs in zip(attention_modules(wide).values(), attention_modules(flow).values(), strict=True):
-        heads, width = ("h", "linear_q") if hasattr(ours, "linear_q") else ("heads", "to_q")
-        assert getattr(ours, heads) == 2 * getattr(theirs, heads)
-        assert getattr(ours, width).out_features == 2 * getattr(theirs, width).out_features
+def test_no_gradient_before_the_estimator_is_seen_when_it_stays_away() -> None:
+    run = figures()
+    for part in ("embedding", "encoder"):
+        run[f"gradient/{part}"][150:] = [0.0] * 50
+    run["gradient/embedding"][50:60] = [0.0] * 10  # and comes back
+    assert findings.silence(run) == 150
+    run["gradient/encoder"][-1] = 1.0
+    assert findings.silence(run) is None
+    assert findings.silence({"gradient/estimator": [1.0]}) is None
+
+
+def rates(name: str, recipe: study.Recipe) -> dict[str, float]:
+    """The learning rate of every parameter of a preset."""
+    flow = from_preset(name)
+    rate = {id(p): group["lr"] for group in recipe.optimizer(flow).param_groups for p in group["params"]}
+    return {name: rate[id(p)] for name, p in flow.named_parameters()}
 
 
 def test_one_part_alone_is_hot() -> None:
-    flow = from_preset("tiny")
-    hot = study.hot_parts(flow, 1e-2, 0.1)
-    rate = {id(p): group["lr"] for group in hot["hot encoder"].optimizer(flow).param_groups for p in group["params"]}
-    for part, named in named_part_parameters(flow).items():
-        assert {rate[id(p)] for p in named.values()} == {0.1 if part == "encoder" else 1e-2}
-    assert hot["hot all but estimator"] == study.Recipe(0.1, own=(("estimator", 1e-2),))
+    hot = study.hot_parts(from_preset("tiny"), 1e-2, 0.1)
+    for name, rate in rates("tiny", hot["hot encoder"]).items():
+        assert rate == (0.1 if name.startswith("encoder") else 1e-2), name
+    for name, rate in rates("tiny", hot["hot all but estimator"]).items():
+        assert rate == (1e-2 if name.startswith("decoder.") else 0.1), name
+
+
+def test_the_estimator_is_divided_into_its_stream_and_the_rest() -> None:
+    hot = study.hot_parts(from_preset("tiny"), 1e-2, 0.1)
+    stream = {name for name, rate in rates("tiny", hot["hot estimator's stream"]).items() if rate == 0.1}
+    rest = {name for name, rate in rates("tiny", hot["hot estimator but its stream"]).items() if rate == 0.1}
+    assert stream | rest == {name for name in rates("tiny", study.Recipe()) if name.startswith("decoder.")}
+    assert not stream & rest
+    assert "decoder.estimator.mid_blocks.1.0.res_conv.weight" in stream
+    assert "decoder.estimator.down_blocks.0.2.conv.weight" in stream
+    assert "decoder.estimator.mid_blocks.1.1.0.attn1.to_q.weight" in rest
+    assert "hot estimator's stream" not in study.hot_parts(from_preset("tiny3"), 1e-2, 0.1)  # a DiT has none
 
 
 @pytest.fixture(scope="module")
@@ -156,19 +173,22 @@ def test_the_whole_study_runs(finished: tuple[Path, list[str]]) -> None:
     found = [(o["name"], o["lr"]) for o in results["outcomes"]]
     both = (1e-3, 1e4)
     assert found[:2] == [("question", lr) for lr in both]
-    assert found[-4:] == [(recipe, lr) for recipe in ("ours", "decoder") for lr in both]
     changes = [*(f"hot {part}" for part in parts(from_preset("tiny"))), "hot all but estimator"]
-    changes += ["clipping at 1", "groups and AdamW", "warm-up x 2", "batch x 2"]
-    assert [name for name, _ in found[2:-4]] == changes
+    changes += ["hot estimator's stream", "hot estimator but its stream"]
+    assert [name for name, _ in found[2 : 2 + len(changes)]] == changes
+    found = found[2 + len(changes) :]
+    assert found[:4] == [(recipe, lr) for recipe in ("ours", "decoder") for lr in both]
+    assert [name for name, _ in found[4:]] == ["clipping at 1", "groups and AdamW", "warm-up x 2", "batch x 2"]
+    assert results["outcomes"][0]["signs"]["stream"] > 1
     text = (out / "report.md").read_text()
-    assert "| estimator at 10000, the rest at 0.001 |" in text
+    assert "| hot estimator | inf | 1 of 1 |" in text
     for name in ("loss.png", "gradients.png"):
         assert (out / name).stat().st_size > 10_000
 
 
 def test_a_frozen_condition_is_that_of_our_recipe_and_gets_no_gradient(finished: tuple[Path, list[str]]) -> None:
     out, _ = finished
-    frozen, trained = (study.read_figures(out / "runs" / name / "0.001" / "0") for name in ("decoder", "question"))
+    frozen, trained = (findings.read_figures(out / "runs" / name / "0.001" / "0") for name in ("decoder", "question"))
     assert [column for column in frozen if column.startswith("gradient/")] == ["gradient/estimator"]
     assert "gradient/encoder" in trained
 
