@@ -104,11 +104,16 @@ def silence(figures: Figures) -> int | None:
 
 
 def first_jump(norms: Sequence[float]) -> int | None:
-    """The first step above 3 times the median of up to 20 before it, at least 5; or that is not finite."""
+    """The first step above 3 times the median of up to 20 before it, at least 5; or that is not finite.
+
+    Before the estimator a batch whose rows all lose their condition has no gradient, and does not count.
+    """
+    counted: list[float] = []
     for step, norm in enumerate(norms):
-        before = norms[max(0, step - HISTORY) : step]
+        before = counted[-HISTORY:]
         if not math.isfinite(norm) or (len(before) >= 5 and norm > JUMP * statistics.median(before)):
             return step
+        counted += [norm] if norm else []
     return None
 
 
@@ -156,13 +161,16 @@ def cases(outcomes: Sequence[Outcome], own: Iterable[str]) -> dict[str, list[Out
     return found
 
 
-def report(outcomes: Sequence[Outcome], own: dict[str, float], setting: str, level: float) -> str:
+def report(
+    outcomes: Sequence[Outcome], own: dict[str, float], setting: str, level: float, starts: dict[str, float]
+) -> str:
     """The findings as markdown.
 
     Args:
         own: the learning rate of each recipe that climbs.
         setting: what was run, a sentence.
         level: loss of a flow that knows the mean spectrum and nothing else.
+        starts: of some presets, the root mean square of the U-Net's stream at its last block with fresh weights.
     """
     rates = sorted({outcome.lr for outcome in outcomes if outcome.name in own})
     lines = [
@@ -185,14 +193,18 @@ def report(outcomes: Sequence[Outcome], own: dict[str, float], setting: str, lev
         ladder = rungs(outcomes, name)
         lines.append(f"| {name} | " + " | ".join(_cell(ladder.get(lr, [])) for lr in rates) + " |")
     compared = cases(outcomes, own)
-    return "\n".join([*lines, *(_changes(compared) if compared else []), ""])
+    stream = ", ".join(f"{name} {value:.3g}" for name, value in starts.items())
+    lines += _changes(compared) if compared else []
+    return "\n".join([*lines, "", f"Fresh weights, root mean square of that stream: {stream}.", ""])
 
 
 def _cell(runs: Sequence[Outcome]) -> str:
     if not runs:
         return ""
     broken = sum(outcome.broke for outcome in runs)
-    return f"{statistics.median(outcome.end for outcome in runs):.2f}" + (f" ({broken})" if broken else "")
+    return f"{statistics.median(outcome.end for outcome in runs):.2f}" + (
+        f" ({broken} of {len(runs)})" if broken else ""
+    )
 
 
 def _changes(compared: dict[str, list[Outcome]]) -> list[str]:
@@ -216,15 +228,15 @@ def _changes(compared: dict[str, list[Outcome]]) -> list[str]:
         "## Signs, by part",
         "",
         f"Medians of the seeds, all at {holds:g} and all at {breaks:g}. A jump is a gradient norm {JUMP:g} times the "
-        f"median of the {HISTORY} steps before, at or before the step at which the loss left the calmer run.",
+        f"median of the {HISTORY} steps before; where the run breaks, only until the loss leaves the calmer run.",
         "",
-        "| part | largest update / weights | gradient norm at the end | largest logit | first jump at step, by seed |",
+        "| part | largest update / weights | gradient norm at the end | largest logit | first jump, by seed |",
         "|---|---|---|---|---|",
     ]
     for part in (column.removeprefix("gradient/") for column in calm[0].signs if column.startswith("gradient/")):
         cells = [_pair(calm, broken, f"{kind}/{part}") for kind in ("update", "gradient", "logit")]
-        jumps = ", ".join(str(outcome.jumps.get(part, "none")) for outcome in broken)
-        lines.append(f"| {part} | {' | '.join(cells)} | {jumps} |")
+        jumps = [", ".join(str(outcome.jumps.get(part, "none")) for outcome in side) for side in (calm, broken)]
+        lines.append(f"| {part} | {' | '.join(cells)} | {' to '.join(jumps)} |")
     left, silent = (", ".join(str(getattr(outcome, name)) for outcome in broken) for name in ("broke_at", "silent_at"))
     words = f"Seed by seed, the loss left the calmer run at step {left}, and no gradient reached the parts before the "
     words += f"estimator from step {silent} on."
@@ -255,8 +267,10 @@ def conclusions(outcomes: Sequence[Outcome], own: dict[str, float]) -> list[str]
         guilty = [name.removeprefix("hot ") for name, runs in hot.items() if all(outcome.broke for outcome in runs)]
         named = f"{', '.join(guilty)}, alone at the breaking rate, breaks every seed" if guilty else "no single part"
         lines.append(f"* **What breaks**: {named}.")
-        broken = rungs(outcomes, "question")[margin(outcomes, "question")[1] or 0.0]
-        lines.append(f"* **Whose gradient jumps first**: {first_part(broken)}.")
+        calm, broken = list(cases(outcomes, own).values())[:2]
+        lines.append(
+            f"* **Whose gradient jumps first**: {first_part(broken)}; in the runs that hold {first_part(calm)}."
+        )
     return lines
 
 
@@ -306,7 +320,8 @@ def draw_gradients(path: Path, outcomes: Sequence[Outcome], curves: dict[float, 
             losses.plot(smooth(figures["loss"]), color="black", alpha=0.7, label=None if seed else "one line a seed")
             for number, name in enumerate(name for name in figures if name.startswith("gradient/")):
                 label = None if seed else name.removeprefix("gradient/")
-                gradients.plot(figures[name], color=f"C{number}", linewidth=0.9, alpha=0.8, label=label)
+                norms = [norm or math.nan for norm in figures[name]]  # none when all rows lose their condition
+                gradients.plot(norms, color=f"C{number}", linewidth=0.9, alpha=0.8, label=label)
             streams.plot(figures.get("stream", []), color="black", alpha=0.7)
         losses.axhline(level, color="grey", linestyle="--", label="knows the mean spectrum only")
         losses.set_title(f"question at {rate:g}")

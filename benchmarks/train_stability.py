@@ -56,6 +56,7 @@ the a one this every quick quiet distant river mountain speaker window morning n
 follows remembers carries answers reaches opens paints above behind without toward near golden slowly often again seven
 twelve hundred music water paper winter summer silver bright hollow
 """
+STREAMS = ("tiny", "cosyvoice-fromscratch", "cosyvoice")  # whose stream at the start is compared
 # The convolutions that a U-Net applies to its residual stream itself, with no norm between them.
 STREAM = re.compile(r"decoder\.estimator\.(.*\.res_conv|(down|up)_blocks\.\d+\.2(\.conv)?)\.")
 
@@ -185,13 +186,14 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Study:
-    """What all runs share."""
+    """What all runs share; with ``only_report`` none is trained."""
 
     config: Config
     samples: list[Sample]
     device: torch.device
     out: Path
     bf16: bool
+    only_report: bool = False
 
     def fresh(self, recipe: Recipe, seed: int) -> Any:
         random.seed(seed)
@@ -206,8 +208,8 @@ class Study:
     def folder(self, name: str, recipe: Recipe, seed: int) -> Path:
         return self.out / "runs" / name / f"{recipe.lr:g}" / str(seed)
 
-    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Figures, str]:
-        """The figures of a run, and what ended it early or nothing; trained only if it is not there.
+    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Figures, str] | None:
+        """The figures of a run, and what ended it early or nothing; trained, or in a report left out, if not there.
 
         Args:
             condition: weights whose condition is taken, and frozen.
@@ -218,6 +220,8 @@ class Study:
             json.dumps({"config": asdict(replace(self.config, rates=(), seeds=0, middle=0)), "recipe": asdict(recipe)})
         )
         if not done.exists() or (found := json.loads(done.read_text())) | asked != found:
+            if self.only_report:
+                return None
             shutil.rmtree(folder, ignore_errors=True)
             flow = self.fresh(recipe, seed)
             if condition is not None:
@@ -272,7 +276,7 @@ class Study:
 
 # ------------------------------------------------------------------------------------------------ the experiment
 def experiment(study: Study) -> list[Outcome]:
-    """All runs: the question's ladder, one change at a time at the rates that it holds and breaks at, other ladders."""
+    """The question's ladder, the hunt for the part that breaks, the other ladders, and what helps."""
     question, *others = recipes(study.config).items()
     outcomes = climb(study, *question, ())
     holds, breaks = margin(outcomes, "question")
@@ -291,7 +295,8 @@ def compare(study: Study, changed: dict[str, Recipe], holds: float) -> list[Outc
     for name, recipe in changed.items():
         for seed in range(study.config.seeds):
             calmer = read_figures(study.folder("question", Recipe(holds), seed))["loss"]
-            outcomes.append(judge(name, recipe.lr, seed, *study.run(name, recipe, seed), calmer=calmer))
+            if done := study.run(name, recipe, seed):
+                outcomes.append(judge(name, recipe.lr, seed, *done, calmer=calmer))
     return outcomes
 
 
@@ -300,24 +305,37 @@ def climb(study: Study, name: str, recipe: Recipe, before: Sequence[Outcome]) ->
     outcomes: list[Outcome] = []
     calmest: dict[int, tuple[float, Sequence[float]]] = {}  # of each seed the lowest end so far, and its losses
     for lr in study.config.rates:
+        rung = []
         for seed in range(study.config.seeds):
-            rung = replace(recipe, lr=lr)
             condition = best_condition(study, before, seed) if recipe.decoder_only else None
-            figures, stopped = study.run(name, rung, seed, condition)
-            end, losses = calmest.get(seed, (math.inf, ()))
-            outcome = judge(name, lr, seed, figures, stopped, losses)
-            outcomes.append(outcome)
-            if outcome.end < end:
-                calmest[seed] = outcome.end, figures["loss"]
-        if all(outcome.broke for outcome in outcomes[-study.config.seeds :]):
+            if done := study.run(name, replace(recipe, lr=lr), seed, condition):
+                end, losses = calmest.get(seed, (math.inf, ()))
+                rung.append(judge(name, lr, seed, *done, calmer=losses))
+                if rung[-1].end < end:
+                    calmest[seed] = rung[-1].end, done[0]["loss"]
+        outcomes += rung
+        if all(outcome.broke for outcome in rung):
             break
     return outcomes
 
 
-def best_condition(study: Study, outcomes: Sequence[Outcome], seed: int) -> Path:
-    """The weights of the run of ``ours`` that ended lowest."""
-    best = min((o for o in outcomes if o.name == "ours" and o.seed == seed), key=lambda o: o.end)
-    return study.folder("ours", Recipe(best.lr), seed) / "flow.pt"
+def stream_at_start(name: str) -> float:
+    """Root mean square that fresh weights bring to the U-Net's last block, of 100 frames of normal noise."""
+    torch.manual_seed(0)
+    estimator: Any = build(preset(name)["decoder"]["estimator"])
+    seen = []
+    estimator.final_block.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    x, mu, spks = torch.randn(1, 80, 100), torch.randn(1, 80, 100), torch.randn(1, 80)
+    with torch.no_grad():
+        estimator(x, torch.ones(1, 1, 100), mu, torch.rand(1), spks, torch.zeros_like(x))
+    return seen[0].square().mean().sqrt().item()
+
+
+def best_condition(study: Study, outcomes: Sequence[Outcome], seed: int) -> Path | None:
+    """The weights of the run of ``ours`` that ended lowest; None if a report has none."""
+    runs = [outcome for outcome in outcomes if outcome.name == "ours" and outcome.seed == seed]
+    best = min(runs, key=lambda outcome: outcome.end, default=None)
+    return None if best is None else study.folder("ours", Recipe(best.lr), seed) / "flow.pt"
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -331,6 +349,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="another flow (tiny; with --full cosyvoice-fromscratch)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; warm-up is an eighth")
     parser.add_argument("--seeds", type=int, help="runs of each recipe at each rate")
+    parser.add_argument("--report", action="store_true", help="train nothing: report the runs that are there")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(device))
@@ -360,9 +379,10 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     if args.data is None:
         make_speech(speech, config.voices, config.sentences)
     logging.getLogger("fastflow.training.monitor").setLevel(logging.ERROR)  # spikes are what is provoked here
-    study = Study(config, read_folder(speech, fastflow.from_preset(config.preset)), args.device, args.out, args.bf16)
-    where, arms = describe(args.device), recipes(config)
-    outcomes, own, level = experiment(study), {name: arm.lr for name, arm in arms.items()}, study.mean_spectrum_loss()
+    samples = read_folder(speech, fastflow.from_preset(config.preset))
+    study = Study(config, samples, args.device, args.out, args.bf16, args.report)
+    where, arms, level, outcomes = describe(args.device), recipes(config), study.mean_spectrum_loss(), experiment(study)
+    own = {name: arms[name].lr for name in dict.fromkeys(o.name for o in outcomes) if name in arms}
     draw_loss(args.out / "loss.png", outcomes, own, level)
     seeds, ladder = range(config.seeds), rungs(outcomes, "question")
     rates = [rate for rate in margin(outcomes, "question") if rate is not None] or [min(ladder)]
@@ -370,10 +390,12 @@ def run(args: argparse.Namespace) -> list[Outcome]:
     draw_gradients(args.out / "gradients.png", outcomes, curves, level)
     setting = f"Preset {config.preset} on {args.device}, {config.steps} steps a run, {config.seeds} seeds, "
     setting += f"{len(study.samples)} utterances of {sum(lengths(study.samples))} frames in all."
-    text = report(outcomes, own, setting, level)
+    starts = {name: stream_at_start(name) for name in STREAMS}
+    text = report(outcomes, own, setting, level, starts)
     (args.out / "report.md").write_text(text)
     results: dict[str, Any] = {"config": asdict(config), "where": where}
     results["recipes"] = {name: asdict(recipe) for name, recipe in arms.items()}
+    results["stream_at_start"] = starts
     results["outcomes"] = [asdict(outcome) for outcome in outcomes]
     (args.out / "results.json").write_text(json.dumps(rounded(results)))
     print(text)
