@@ -149,16 +149,22 @@ def first_part(outcomes: Sequence[Outcome]) -> str:
 
 
 def cases(outcomes: Sequence[Outcome], own: Iterable[str]) -> dict[str, list[Outcome]]:
-    """What is compared at the two rates: the question's recipe at both, then each changed one; empty without them."""
+    """What is compared between the rates that hold and break: the recipes and each changed one; empty without them."""
     holds, breaks = margin(outcomes, "question")
     if holds is None or breaks is None:
         return {}
     ladder = rungs(outcomes, "question")
-    found = {f"all at {holds:g}": ladder[holds], f"all at {breaks:g}": ladder[breaks]}
+    shaky = min(lr for lr in ladder if lr > holds)
+    changed: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         if outcome.name not in own:
-            found.setdefault(outcome.name, []).append(outcome)
-    return found
+            changed.setdefault(outcome.name, []).append(outcome)
+    found = {f"question at {holds:g}": ladder[holds], f"question at {breaks:g}": ladder[breaks]}
+    found |= {name: runs for name, runs in changed.items() if name.startswith("hot ")}
+    found[f"question at {shaky:g}"] = ladder[shaky]
+    found |= {f"{name}, at {shaky:g}": runs for name, runs in changed.items() if not name.startswith("hot ")}
+    ours = rungs(outcomes, "ours").get(shaky)
+    return {**found, f"ours at {shaky:g}": ours} if ours else found
 
 
 def report(
@@ -214,8 +220,8 @@ def _changes(compared: dict[str, list[Outcome]]) -> list[str]:
         "",
         f"## One change, between the rates {holds:g} and {breaks:g}",
         "",
-        f"A *hot* part is at {breaks:g} and the rest at {holds:g}; the last rows are the question's recipe at "
-        f"{breaks:g} with one ingredient of ours.",
+        f"A *hot* part is at {breaks:g} and the rest at {holds:g}; the last rows are the question's recipe with one "
+        "ingredient of ours.",
         "",
         "| | loss at the end, seed by seed | broke |",
         "|---|---|---|",

@@ -237,4 +237,5 @@ def test_without_espeak_the_message_says_what_to_do(tmp_path: Path, monkeypatch,
 def test_help_describes_the_recipes(capsys) -> None:
     with pytest.raises(SystemExit, match="0"):
         study.main(["--help"])
-    assert all(word in capsys.readouterr().out for word in ("question", "decoder", "ours", "--full"))
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("question", "decoder", "ours", "--full"))
