@@ -1,30 +1,39 @@
-"""Why does training a flow diverge?  Three recipes on the same speech, several seeds, and the part that breaks first.
+"""Why does training a flow diverge?  How far each recipe is from breaking, which part breaks, and what helps.
 
     python benchmarks/train_stability.py --out stability             under an hour on two cores
     python benchmarks/train_stability.py --out stability --full      CosyVoice 1 from scratch, for a GPU
     python benchmarks/train_stability.py --out stability --tiny      two minutes: does it work here?
 
+A short run of a small flow does not diverge at the rate of its recipe.  So the learning rate is raised step by step
+until every seed breaks, as Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities"
+(2023) do: the largest rate that holds, over the rate of the recipe, is the recipe's margin.  Three recipes climb:
+
 ``question``: everything at CosyVoice's from-scratch recipe: Adam, learning rate 0.001, warm-up, then falling with the
-square root of the step, gradients clipped at 5, two batches a step.  ``decoder``: the same, but only the estimator is
-trained.  Its condition comes from a short pre-training of the whole flow by our recipe, after which the estimator gets
-fresh weights: a random frozen encoder would ask whether speech can be learnt from random features, another question.
-``ours``: everything by AdamW with groups, a lower learning rate, lower still before the estimator, clipping at 1, and
-more batches a step.  All three start from the same weights and see the same data.
+square root of the step, gradients clipped at 5.  ``ours``: AdamW with groups, half the rate before the estimator, twice
+the warm-up, clipping at 1, a larger batch.  ``decoder``: the question's, but only the estimator is trained, freshly
+initialised, behind the frozen condition of the best run of ``ours``: a random one would ask whether speech can be
+learnt from random features, another question.
+
+Then one thing at a time is changed.  One part alone gets the rate that breaks every seed, the rest the one that holds
+(*hot*), which says more about the part that breaks than the order in which gradients jump, reported as well.  And one
+ingredient of ``ours`` is added at the lowest rate at which a seed of the question's breaks.
 
 Speech is made by espeak-ng (``apt install espeak-ng``) unless ``--data`` names a folder of audio files.  Tokens are
 k-means clusters of the mel, speaker vectors random but fixed.  ``report.md`` holds the findings, ``loss.png`` and
-``gradients.png`` the curves, ``results.json`` the figures, the folders below every figure of every step.
+``gradients.png`` the curves, ``results.json`` the figures, ``runs`` every figure of every step.  Runs that are there
+are not repeated, so the same command goes on where it was cut off.
 """
 
 import argparse
-import csv
 import json
+import logging
 import math
 import random
+import re
 import shutil
-import statistics
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,14 +41,14 @@ from typing import Any
 
 import torch
 from machine import describe
+from stability_report import Figures, Outcome, draw_gradients, draw_loss, judge, margin, read_figures, report, rungs
 
 import fastflow
-from fastflow.config import PRESETS
-from fastflow.training import NonFiniteError, SpikeDetector, StabilityMonitor, freeze, parameter_groups
+from fastflow.config import PRESETS, build, preset
+from fastflow.training import NonFiniteError, StabilityMonitor, freeze, parameter_groups
 from fastflow.training.batches import FrameBatches
 from fastflow.training.corpus import Sample, collate, lengths, read_folder
-from fastflow.training.parts import parts
-from fastflow.training.spikes import SMALLEST_HISTORY
+from fastflow.training.parts import named_part_parameters, parts
 
 VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "de", "fr-fr", "es", "it", "pt-br", "nl", "sv", "pl")
 WORDS = """
@@ -47,6 +56,9 @@ the a one this every quick quiet distant river mountain speaker window morning n
 follows remembers carries answers reaches opens paints above behind without toward near golden slowly often again seven
 twelve hundred music water paper winter summer silver bright hollow
 """
+STREAMS = ("tiny", "cosyvoice-fromscratch", "cosyvoice")  # whose stream at the start is compared
+# The convolutions that a U-Net applies to its residual stream itself, with no norm between them.
+STREAM = re.compile(r"decoder\.estimator\.(.*\.res_conv|(down|up)_blocks\.\d+\.2(\.conv)?)\.")
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,11 @@ class Config:
     """A size of the study.
 
     Attributes:
-        frames: of a batch, padding included.
         warm_up: steps; the question's 2,500 come to an eighth of the 20,000 steps after which it diverged.
-        ours: batches of a step in our recipe; the others have 2.
+        frames: of a batch of the question, padding included; its two batches of 2,000 a step are one of 4,000 here.
+        larger: batch of our recipe over that of the question.
+        recompute: memory mode of our recipe; exact, so the small sizes, whose batch fits, do without.
+        rates: the rungs of the ladder.
     """
 
     preset: str
@@ -65,44 +79,76 @@ class Config:
     steps: int
     warm_up: int
     frames: int
-    ours: int
+    larger: int
+    recompute: str
     seeds: int
+    rates: tuple[float, ...]
 
 
-TINY = Config("tiny", voices=2, sentences=4, steps=40, warm_up=5, frames=400, ours=3, seeds=1)
-SMALL = Config("tiny", voices=6, sentences=20, steps=500, warm_up=62, frames=600, ours=4, seeds=3)
-FULL = Config(
-    "cosyvoice-fromscratch", voices=12, sentences=400, steps=20_000, warm_up=2500, frames=2000, ours=8, seeds=3
-)
+TINY = Config("tiny", 2, 4, 30, 4, 200, 2, "none", 1, (1e-3, 1.0))
+SMALL = Config("tiny", 6, 20, 160, 20, 300, 2, "none", 3, (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0))
+FULL = Config("cosyvoice-fromscratch", 12, 400, 20_000, 2500, 4000, 4, "block", 2, (3e-4, 1e-3, 3e-3, 1e-2, 3e-2))
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an arm is trained.
+    """How a run is trained.
 
     Attributes:
-        encoder_scale: of the learning rate before the estimator.
-        grouped: AdamW with decay on weights only, else Adam.
+        lr: highest learning rate, that of the recipe as published or advised; a ladder replaces it.
+        own: learning rates of their own, of parts or of the ``stream`` convolutions of the estimator.
+        grouped: AdamW with decay on weights only and half the rate before the estimator, else Adam.
         clip: largest gradient norm.
-        accumulate: batches of a step.
+        warm_up, batch: over those of the config.
         decoder_only: the condition is frozen.
     """
 
-    lr: float
-    encoder_scale: float
-    grouped: bool
-    clip: float
-    accumulate: int
+    lr: float = 1e-3
+    own: tuple[tuple[str, float], ...] = ()
+    grouped: bool = False
+    clip: float = 5.0
+    warm_up: int = 1
+    batch: int = 1
     decoder_only: bool = False
 
+    def optimizer(self, flow: Any) -> torch.optim.Optimizer:
+        if self.grouped:
+            return torch.optim.AdamW(parameter_groups(flow, self.lr, encoder_scale=0.5), betas=(0.9, 0.98))
+        rates, groups = dict(self.own), defaultdict(list)
+        for part, named in named_part_parameters(flow).items():
+            for name, parameter in named.items():
+                own = "stream" if STREAM.match(name) and "stream" in rates else part
+                if parameter.requires_grad:
+                    groups[rates.get(own, self.lr)].append(parameter)
+        return torch.optim.Adam([{"params": parameters, "lr": rate} for rate, parameters in groups.items()])
 
-def recipes(config: Config, lr: float) -> dict[str, Recipe]:
-    question = Recipe(lr, 1.0, grouped=False, clip=5.0, accumulate=2)
-    return {
-        "question": question,
-        "decoder": replace(question, decoder_only=True),
-        "ours": Recipe(0.3 * lr, 0.5, grouped=True, clip=1.0, accumulate=config.ours),
+
+def recipes(config: Config) -> dict[str, Recipe]:
+    """Those that climb; ``ours`` before ``decoder``, which starts from it."""
+    ours = Recipe(3e-4, grouped=True, clip=1.0, warm_up=2, batch=config.larger)
+    return {"question": Recipe(), "ours": ours, "decoder": Recipe(decoder_only=True)}
+
+
+def hot_parts(flow: Any, holds: float, breaks: float) -> dict[str, Recipe]:
+    """The question's recipe with one part at the rate that breaks, and what it takes to find which half of the flow."""
+    hot = {f"hot {part}": Recipe(holds, own=((part, breaks),)) for part in parts(flow)}
+    hot["hot all but estimator"] = Recipe(breaks, own=(("estimator", holds),))
+    if any(STREAM.match(name) for name, _ in flow.named_parameters()):
+        hot["hot estimator's stream"] = Recipe(holds, own=(("stream", breaks),))
+        hot["hot estimator but its stream"] = Recipe(holds, own=(("estimator", breaks), ("stream", holds)))
+    return hot
+
+
+def ingredients(config: Config, shaky: float) -> dict[str, Recipe]:
+    """The question's recipe at the lowest rate at which a seed of it breaks, with one ingredient of ours."""
+    question, ours = Recipe(shaky), recipes(config)["ours"]
+    changes: dict[str, dict[str, Any]] = {
+        f"clipping at {ours.clip:g}": {"clip": ours.clip},
+        "groups and AdamW": {"grouped": True},
+        f"warm-up x {ours.warm_up}": {"warm_up": ours.warm_up},
+        f"batch x {ours.batch}": {"batch": ours.batch},
     }
+    return {name: replace(question, **change) for name, change in changes.items()}
 
 
 # ------------------------------------------------------------------------------------------------ speech
@@ -124,7 +170,7 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
         words = random.Random(f"{voice} {number}")
-        text = " ".join(words.choices(WORDS.split(), k=words.randint(5, 16)))
+        text = " ".join(words.choices(WORDS.split(), k=words.randint(2, 8)))
         options = ["-v", voice, "-s", str(words.randint(130, 190)), "-p", str(words.randint(30, 70)), "-w", str(path)]
         done = subprocess.run([program, *options, text], capture_output=True, text=True)
         if done.returncode:
@@ -135,237 +181,154 @@ def make_speech(folder: Path, voices: int, sentences: int) -> None:
 # ------------------------------------------------------------------------------------------------ training
 @dataclass
 class Study:
-    """What all runs share."""
+    """What all runs share; with ``only_report`` none is trained."""
 
     config: Config
     samples: list[Sample]
     device: torch.device
     out: Path
     bf16: bool
+    only_report: bool = False
 
-    def fresh(self, seed: int) -> Any:
+    def fresh(self, recipe: Recipe, seed: int) -> Any:
         random.seed(seed)
         torch.manual_seed(seed)
-        return fastflow.from_preset(self.config.preset).to(self.device)
-
-    def condition(self, seed: int, recipe: Recipe) -> Any:
-        """A flow whose condition is pre-trained by ``recipe`` and frozen, and whose estimator is fresh."""
-        flow = self.fresh(seed)
-        steps = max(1, self.config.steps // 4)
-        self.train(flow, recipe, seed, steps, self.out / "pre-training" / str(seed))
-        flow.decoder.load_state_dict(self.fresh(seed).decoder.state_dict())
-        freeze(flow, *(part for part in parts(flow) if part != "estimator"))
+        flow: Any = fastflow.from_preset(self.config.preset).to(self.device)
+        flow.recompute = self.config.recompute if recipe.batch > 1 else "none"
         return flow
 
-    def train(self, flow: Any, recipe: Recipe, seed: int, steps: int, folder: Path) -> str:
-        """One run, its figures below ``folder``; what ended it early, or nothing."""
+    def folder(self, name: str, recipe: Recipe, seed: int) -> Path:
+        return self.out / "runs" / name / f"{recipe.lr:g}" / str(seed)
+
+    def run(self, name: str, recipe: Recipe, seed: int, condition: Path | None = None) -> tuple[Figures, str] | None:
+        """The figures of a run, and what ended it early or nothing; trained, or in a report left out, if not there.
+
+        Args:
+            condition: weights whose condition is taken, and frozen.
+        """
+        folder = self.folder(name, recipe, seed)
+        done = folder / "done.json"
+        asked = json.loads(
+            json.dumps({"config": asdict(replace(self.config, rates=(), seeds=0)), "recipe": asdict(recipe)})
+        )
+        if not done.exists() or (found := json.loads(done.read_text())) | asked != found:
+            if self.only_report:
+                return None
+            shutil.rmtree(folder, ignore_errors=True)
+            flow = self.fresh(recipe, seed)
+            if condition is not None:
+                estimator = flow.decoder.state_dict()
+                flow.load_state_dict(torch.load(condition, map_location=self.device, weights_only=True))
+                flow.decoder.load_state_dict(estimator)
+                freeze(flow, *(part for part in parts(flow) if part != "estimator"))
+            stopped = self.train(flow, recipe, seed, folder, f"{name}, {recipe.lr:g}, seed {seed}")
+            if name == "ours":
+                torch.save(flow.state_dict(), folder / "flow.pt")
+            done.write_text(json.dumps({**asked, "stopped": stopped}))
+        return read_figures(folder), json.loads(done.read_text())["stopped"]
+
+    def train(self, flow: Any, recipe: Recipe, seed: int, folder: Path, title: str) -> str:
         from tqdm import tqdm
 
-        shutil.rmtree(folder, ignore_errors=True)
-        if recipe.grouped:
-            groups = parameter_groups(flow, recipe.lr, encoder_scale=recipe.encoder_scale)
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        else:
-            optimizer = torch.optim.Adam((p for p in flow.parameters() if p.requires_grad), recipe.lr)
-        warm_up = self.config.warm_up
+        optimizer = recipe.optimizer(flow)
+        warm_up = recipe.warm_up * self.config.warm_up
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warm_up**0.5 * min((step + 1) ** -0.5, (step + 1) * warm_up**-1.5)
         )
-        batches = FrameBatches(lengths(self.samples), self.config.frames, seed=seed)
+        batches = FrameBatches(lengths(self.samples), recipe.batch * self.config.frames, seed=seed)
         random.seed(seed)
         torch.manual_seed(seed)
-        sample_every = max(1, steps // 50)
+        every, stopped, stream = max(1, self.config.steps // 50), "", []
+        last = getattr(flow.decoder.estimator, "final_block", None)
+        if last is not None:
+            last.register_forward_pre_hook(lambda module, given: stream.append(given[0].detach().abs().amax()))
         with (
-            StabilityMonitor(
-                flow, optimizer, clip_norm=recipe.clip, sample_every=sample_every, log_dir=folder
-            ) as monitor,
-            tqdm(range(steps), desc=str(folder.relative_to(self.out)), unit="step", dynamic_ncols=True) as bar,
+            StabilityMonitor(flow, optimizer, clip_norm=recipe.clip, sample_every=every, log_dir=folder) as monitor,
+            tqdm(range(self.config.steps), desc=title, unit="step", dynamic_ncols=True) as bar,
         ):
             for _ in bar:
+                batch = collate([self.samples[i] for i in next(batches)])
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    loss = flow({name: x.to(self.device) for name, x in batch.items()}, self.device)["loss"]
+                loss.backward()
                 try:
-                    loss = self.step(flow, batches, recipe.accumulate)
                     bar.set_postfix(loss=f"{monitor.step(loss).figures['loss']:.3f}", refresh=False)
                 except NonFiniteError as error:
-                    return str(error)
+                    stopped = str(error)
+                    break
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
-        return ""
+        (folder / "stream.json").write_text(json.dumps([float(x) for x in stream]))
+        return stopped
 
-    def step(self, flow: Any, batches: FrameBatches, accumulate: int) -> torch.Tensor:
-        total = torch.zeros((), device=self.device)
-        for _ in range(accumulate):
-            batch = collate([self.samples[i] for i in next(batches)])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                loss = flow({name: x.to(self.device) for name, x in batch.items()}, self.device)["loss"] / accumulate
-            loss.backward()
-            total += loss.detach()
-        return total
+    def mean_spectrum_loss(self) -> float:
+        """Of an estimator that knows the mean of each mel channel and nothing else: their variance and the noise's."""
+        return 1 + torch.cat([sample.mel for sample in self.samples]).var(0).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------ findings
-@dataclass(frozen=True)
-class Finding:
-    """What a run came to.
-
-    Attributes:
-        diverged: the smoothed loss ended above 1.5 times its lowest value, or something was not finite.
-        diverged_at: the step of that lowest value, after which it rose.
-        breaks_first: the part whose gradient norm was the first to spike, diverged or not.
-        breaks_at: at which step.
-        spikes: how many steps of each part spiked.
-        final: mean loss of the last tenth of the steps.
-        largest_update: of each part, the largest sampled update over weights.
-        largest_logit: of encoder and estimator, the largest sampled attention logit.
-        stopped: why the run ended early, if it did.
-    """
-
-    recipe: str
-    seed: int
-    diverged: bool
-    diverged_at: int | None
-    breaks_first: str | None
-    breaks_at: int | None
-    spikes: dict[str, int]
-    final: float
-    largest_update: dict[str, float]
-    largest_logit: dict[str, float]
-    stopped: str
-
-
-def read_figures(folder: Path) -> dict[str, list[float]]:
-    """The columns of ``figures.csv``; NaN for empty cells."""
-    with open(folder / "figures.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name != "action"]
-    return {name: [float(row[name] or "nan") for row in rows] for name in names}
-
-
-def smooth(values: Sequence[float], width: int) -> list[float]:
-    """Running mean over the last ``width`` values."""
-    return [statistics.fmean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
-
-
-def find(recipe: str, seed: int, figures: dict[str, list[float]], stopped: str) -> Finding:
-    losses = figures["loss"]
-    width = max(1, len(losses) // 20)
-    smoothed = smooth(losses, width)[width - 1 :]  # whole windows only
-    lowest = min((x for x in smoothed if math.isfinite(x)), default=math.nan)
-    diverged = bool(stopped) or not smoothed[-1] <= 1.5 * lowest
-    window = max(SMALLEST_HISTORY, min(200, len(losses) // 5))
-    spikes: dict[str, list[int]] = {}
-    for name, norms in figures.items():
-        if name.startswith("gradient/"):
-            is_spike = SpikeDetector(window)
-            spikes[name.removeprefix("gradient/")] = [
-                step for step, norm in enumerate(norms) if is_spike(norm) or not math.isfinite(norm)
-            ]
-    first = min((part for part in spikes if spikes[part]), key=lambda part: spikes[part][0], default=None)
-    return Finding(
-        recipe,
-        seed,
-        diverged,
-        smoothed.index(lowest) + width - 1 if diverged and math.isfinite(lowest) else None,
-        first,
-        spikes[first][0] if first else None,
-        {part: len(steps) for part, steps in spikes.items()},
-        statistics.fmean(losses[-max(1, len(losses) // 10) :]),
-        _largest(figures, "update/"),
-        _largest(figures, "logit/"),
-        stopped,
-    )
-
-
-def _largest(figures: dict[str, list[float]], prefix: str) -> dict[str, float]:
-    known = {name: [x for x in xs if not math.isnan(x)] for name, xs in figures.items() if name.startswith(prefix)}
-    return {name.removeprefix(prefix): max(values) for name, values in known.items() if values}
-
-
-def report(study: Study, arms: dict[str, Recipe], findings: list[Finding]) -> str:
-    """The findings as markdown."""
-    config = study.config
-    hours = sum(lengths(study.samples)) / 3600 / (50 if "2" in config.preset or "3" in config.preset else 22050 / 256)
-    lines = [
-        "# Which part breaks first?",
-        "",
-        f"Preset {config.preset}, {config.steps} steps, warm-up {config.warm_up}, {config.frames} frames a batch, "
-        f"{len(study.samples)} utterances ({hours:.2f} h), on {study.device}.",
-        "",
-        "| recipe | learning rate | before the estimator | clip | batches a step |",
-        "|---|---|---|---|---|",
-    ]
+# ------------------------------------------------------------------------------------------------ the experiment
+def experiment(study: Study) -> list[Outcome]:
+    """The question's ladder, the hunt for the part that breaks, the other ladders, and what helps."""
+    arms = recipes(study.config)
+    outcomes = climb(study, "question", arms.pop("question"), ())
+    holds, breaks = margin(outcomes, "question")
+    if holds is not None and breaks is not None:
+        outcomes += compare(study, hot_parts(study.fresh(Recipe(), 0), holds, breaks), holds)
     for name, recipe in arms.items():
-        before = "frozen" if recipe.decoder_only else f"{recipe.encoder_scale * recipe.lr:.2g}"
-        lines.append(f"| {name} | {recipe.lr:.2g} | {before} | {recipe.clip:g} | {recipe.accumulate} |")
-    lines += [
-        "",
-        "| recipe | seed | final loss | diverged | first part to spike | spikes by part | largest update / weights "
-        "| largest logit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for f in findings:
-        diverged = f"after step {f.diverged_at}" if f.diverged else "no"
-        first = f"{f.breaks_first}, step {f.breaks_at}" if f.breaks_first else "none"
-        lines.append(
-            f"| {f.recipe} | {f.seed} | {f.final:.3f} | {diverged} {f.stopped} | {first} | {_cells(f.spikes)} "
-            f"| {_cells(f.largest_update)} | {_cells(f.largest_logit)} |"
-        )
-    return "\n".join([*lines, "", *conclusions(findings), ""])
+        outcomes += climb(study, name, recipe, outcomes)
+    if holds is not None and breaks is not None:
+        shaky = min(lr for lr in rungs(outcomes, "question") if lr > holds)
+        outcomes += compare(study, ingredients(study.config, shaky), holds)
+    return outcomes
 
 
-def _cells(values: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.2g}" for name, value in values.items() if value) or "none"
+def compare(study: Study, changed: dict[str, Recipe], holds: float) -> list[Outcome]:
+    """Runs of changed recipes, judged by the question's at the rate that holds."""
+    outcomes = []
+    for name, recipe in changed.items():
+        for seed in range(study.config.seeds):
+            calmer = read_figures(study.folder("question", Recipe(holds), seed))["loss"]
+            if done := study.run(name, recipe, seed):
+                outcomes.append(judge(name, recipe.lr, seed, *done, calmer=calmer))
+    return outcomes
 
 
-def conclusions(findings: list[Finding]) -> list[str]:
-    """One sentence for each recipe."""
-    lines = []
-    for recipe in dict.fromkeys(f.recipe for f in findings):
-        runs = [f for f in findings if f.recipe == recipe]
-        broken = [f for f in runs if f.diverged]
-        line = f"* **{recipe}**: {len(broken)} of {len(runs)} runs diverged"
-        firsts = [f.breaks_first for f in runs if f.breaks_first]
-        for part in sorted(set(firsts), key=firsts.count, reverse=True)[:1]:
-            line += f"; {part} was the first to spike in {firsts.count(part)} of {len(runs)}"
-        lines.append(f"{line}; final loss {statistics.fmean(f.final for f in runs):.3f}.")
-    return lines
+def climb(study: Study, name: str, recipe: Recipe, before: Sequence[Outcome]) -> list[Outcome]:
+    """Raise the learning rate until every seed breaks."""
+    outcomes: list[Outcome] = []
+    calmest: dict[int, tuple[float, Sequence[float]]] = {}  # of each seed the lowest end so far, and its losses
+    for lr in study.config.rates:
+        rung = []
+        for seed in range(study.config.seeds):
+            condition = best_condition(study, before, seed) if recipe.decoder_only else None
+            if done := study.run(name, replace(recipe, lr=lr), seed, condition):
+                end, losses = calmest.get(seed, (math.inf, ()))
+                rung.append(judge(name, lr, seed, *done, calmer=losses))
+                if rung[-1].end < end:
+                    calmest[seed] = rung[-1].end, done[0]["loss"]
+        outcomes += rung
+        if all(outcome.broke for outcome in rung):
+            break
+    return outcomes
 
 
-# ------------------------------------------------------------------------------------------------ pictures
-def draw_losses(path: Path, curves: dict[tuple[str, int], dict[str, list[float]]]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
-    axis = figure.add_subplot()
-    for number, recipe in enumerate(dict.fromkeys(recipe for recipe, _ in curves)):
-        seeds = [figures["loss"] for (name, _), figures in curves.items() if name == recipe]
-        for i, losses in enumerate(seeds):
-            smoothed = smooth(losses, max(1, len(losses) // 20))
-            axis.plot(smoothed, color=f"C{number}", alpha=0.8, label=recipe if i == 0 else None)
-    axis.set(xlabel="optimizer step", ylabel="flow-matching loss (running mean)", yscale="log")
-    axis.set_title("one line a seed")
-    axis.legend(frameon=False)
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(path)
+def stream_at_start(name: str) -> float:
+    """Root mean square that fresh weights bring to the U-Net's last block, of 100 frames of normal noise."""
+    torch.manual_seed(0)
+    estimator: Any = build(preset(name)["decoder"]["estimator"])
+    seen = []
+    estimator.final_block.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    x, mu, spks = torch.randn(1, 80, 100), torch.randn(1, 80, 100), torch.randn(1, 80)
+    with torch.no_grad():
+        estimator(x, torch.ones(1, 1, 100), mu, torch.rand(1), spks, torch.zeros_like(x))
+    return seen[0].square().mean().sqrt().item()
 
 
-def draw_gradients(path: Path, curves: dict[tuple[str, int], dict[str, list[float]]]) -> None:
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(recipe for recipe, _ in curves))
-    figure = Figure(figsize=(5 * len(names), 4.5), dpi=110, layout="constrained")
-    axes = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
-    for axis, recipe in zip(axes, names, strict=True):
-        runs = [figures for (name, _), figures in curves.items() if name == recipe]
-        gradients = [column for column in runs[0] if column.startswith("gradient/")]
-        for number, column in enumerate(gradients):
-            for i, figures in enumerate(runs):
-                label = column.removeprefix("gradient/") if i == 0 else None
-                axis.plot(figures[column], color=f"C{number}", linewidth=0.7, alpha=0.7, label=label)
-        axis.set(title=recipe, xlabel="optimizer step", yscale="log")
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("gradient norm before clipping")
-    figure.savefig(path)
+def best_condition(study: Study, outcomes: Sequence[Outcome], seed: int) -> Path | None:
+    """The weights of the run of ``ours`` that ended lowest; None if a report has none."""
+    runs = [outcome for outcome in outcomes if outcome.name == "ours" and outcome.seed == seed]
+    best = min(runs, key=lambda outcome: outcome.end, default=None)
+    return None if best is None else study.folder("ours", Recipe(best.lr), seed) / "flow.pt"
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -378,8 +341,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="audio files instead of espeak-ng's")
     parser.add_argument("--preset", choices=PRESETS, help="another flow (tiny; with --full cosyvoice-fromscratch)")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run; warm-up is an eighth")
-    parser.add_argument("--seeds", type=int, help="runs of each recipe")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the question's recipe (0.001)")
+    parser.add_argument("--seeds", type=int, help="runs of each recipe at each rate")
+    parser.add_argument("--report", action="store_true", help="train nothing: report the runs that are there")
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=torch.device, default=torch.device(device))
@@ -394,31 +357,42 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> list[Finding]:
+def rounded(x: Any) -> Any:
+    """Floats to four digits, those that are not finite as text, in all that JSON holds."""
+    if isinstance(x, float):
+        return float(f"{x:.4g}") if math.isfinite(x) else str(x)
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    return [rounded(value) for value in x] if isinstance(x, list | tuple) else x
+
+
+def run(args: argparse.Namespace) -> list[Outcome]:
     config = args.config
     speech = args.data or args.out / "speech"
     if args.data is None:
         make_speech(speech, config.voices, config.sentences)
-    flow: Any = fastflow.from_preset(config.preset)
-    study = Study(config, read_folder(speech, flow), args.device, args.out, args.bf16)
-    arms, curves, findings = recipes(config, args.lr), {}, []
-    for seed in range(config.seeds):
-        for name, recipe in arms.items():
-            folder = args.out / name / str(seed)
-            flow = study.condition(seed, arms["ours"]) if recipe.decoder_only else study.fresh(seed)
-            stopped = study.train(flow, recipe, seed, config.steps, folder)
-            curves[name, seed] = read_figures(folder)
-            findings.append(find(name, seed, curves[name, seed], stopped))
-    findings.sort(key=lambda finding: list(arms).index(finding.recipe))
-    draw_losses(args.out / "loss.png", curves)
-    draw_gradients(args.out / "gradients.png", curves)
-    text = report(study, arms, findings)
+    logging.getLogger("fastflow.training.monitor").setLevel(logging.ERROR)  # spikes are what is provoked here
+    samples = read_folder(speech, fastflow.from_preset(config.preset))
+    study = Study(config, samples, args.device, args.out, args.bf16, args.report)
+    where, arms, level, outcomes = describe(args.device), recipes(config), study.mean_spectrum_loss(), experiment(study)
+    own = {name: arms[name].lr for name in dict.fromkeys(o.name for o in outcomes) if name in arms}
+    draw_loss(args.out / "loss.png", outcomes, own, level)
+    seeds, ladder = range(config.seeds), rungs(outcomes, "question")
+    rates = [rate for rate in margin(outcomes, "question") if rate is not None] or [min(ladder)]
+    curves = {rate: [read_figures(study.folder("question", Recipe(rate), seed)) for seed in seeds] for rate in rates}
+    draw_gradients(args.out / "gradients.png", outcomes, curves, level)
+    setting = f"Preset {config.preset} on {args.device}, {config.steps} steps a run, {config.seeds} seeds, "
+    setting += f"{len(study.samples)} utterances of {sum(lengths(study.samples))} frames in all."
+    starts = {name: stream_at_start(name) for name in STREAMS}
+    text = report(outcomes, own, setting, level, starts)
     (args.out / "report.md").write_text(text)
-    results = {"config": asdict(config), "recipes": {name: asdict(recipe) for name, recipe in arms.items()}}
-    results |= {"findings": [asdict(finding) for finding in findings], "where": describe(args.device)}
-    (args.out / "results.json").write_text(json.dumps(results, indent=1))
+    results: dict[str, Any] = {"config": asdict(config), "where": where}
+    results["recipes"] = {name: asdict(recipe) for name, recipe in arms.items()}
+    results["stream_at_start"] = starts
+    results["outcomes"] = [asdict(outcome) for outcome in outcomes]
+    (args.out / "results.json").write_text(json.dumps(rounded(results)))
     print(text)
-    return findings
+    return outcomes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

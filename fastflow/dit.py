@@ -276,7 +276,7 @@ class DiT(Recomputing, Padded):
 
     def _lengths(self, mask: Tensor) -> tuple[Tensor, Packing | None]:
         lengths = (mask[:, 0] > 0).sum(-1)
-        return lengths, packing_of(lengths, mask.shape[2]) if self.exact else None
+        return lengths, packing_of(lengths, mask.shape[2])
 
     def forward(
         self,

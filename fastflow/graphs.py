@@ -212,6 +212,7 @@ def run(
         _autocast_key(),
         torch.get_float32_matmul_precision(),
         estimator.static_chunk_size,
+        estimator.padding,
     )
     output = cache.run(key, weights_key(estimator), functools.partial(solve, **options), given)
     return output[:, :, :frames]

@@ -4,10 +4,11 @@
   rows, and the last tokens of a row of CosyVoice 2 look ahead at padding.
 * ``exact``: every row is what it is alone.
 
-In ``exact`` mode, what treats each frame by itself in transformer blocks is computed on the frames of the rows alone,
-one row after the other (:class:`Packing`), where that saves enough and the lengths can be read without stalling a
-device: for tensors on a CPU.  ``attention`` and ``conv_block`` skip the padding by themselves.  Padded all the same are
-the convolutions that resample, the look-ahead, the position embedding of the DiT, and narrow projections.
+In the transformer blocks of an estimator, and with ``exact`` in those of an encoder, what treats each frame by itself
+is computed on the frames of the rows alone, one row after the other (:class:`Packing`), where that saves enough and the
+lengths can be read without stalling a device: for tensors on a CPU, but not on the reference.  ``attention`` and
+``conv_block`` skip the padding by themselves.  Padded all the same are the convolutions that resample, the look-ahead,
+the position embedding of the DiT, and narrow projections.
 """
 
 from typing import NamedTuple
@@ -18,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastflow.checks import readable
+from fastflow import checks
+from fastflow.backend import current_backend
 from fastflow.ops.conv_block import PADDINGS, Padding
 from fastflow.ops.norm import Norm
 
@@ -63,7 +65,7 @@ class Packing(NamedTuple):
 
 def packing_of(lengths: Tensor, frames: int) -> Packing | None:
     """The packing of rows of ``lengths`` ``[B]`` in a batch ``frames`` wide; None where the batch stays padded."""
-    if not readable(lengths):
+    if not checks.readable(lengths) or current_backend() == "reference":
         return None
     sizes = [min(n, frames) for n in lengths.tolist()]
     return Packing(sizes, frames) if 0 < sum(sizes) <= LARGEST_SHARE * len(sizes) * frames else None

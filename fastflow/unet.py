@@ -305,7 +305,7 @@ class ConditionalDecoder(Recomputing, Padded):
         for _ in self.down_blocks[1:]:
             masks.append(masks[-1][:, ::2])
         lengths = [(m[..., 0] > 0).sum(-1) for m in masks]
-        packings = [packing_of(n, m.shape[1]) if self.exact else None for n, m in zip(lengths, masks, strict=True)]
+        packings = [packing_of(n, m.shape[1]) for n, m in zip(lengths, masks, strict=True)]
         return Invariants(torch.cat(parts, 2), masks, lengths, packings)
 
     def forward(
