@@ -290,9 +290,9 @@ class ConditionalDecoder(Recomputing, Padded):
 
     def time_table(self, t: Tensor) -> list[Tensor]:
         """All that depends on the times ``[n]`` alone: for every stage ``[n, channels]``."""
-        e = self.time_mlp(time_features(t, self.in_channels))
+        e = F.mish(self.time_mlp(time_features(t, self.in_channels)))  # each stage begins with it
         stages = (*self.down_blocks, *self.mid_blocks, *self.up_blocks)
-        return [stage[0].mlp(e) for stage in stages]  # type: ignore[index]
+        return [stage[0].mlp[1](e) for stage in stages]  # type: ignore[index]
 
     def invariants(self, mask: Tensor, mu: Tensor, spks: Tensor | None, cond: Tensor | None) -> Invariants:
         """All that depends on neither x nor t."""

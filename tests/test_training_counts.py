@@ -7,9 +7,8 @@ from torch import Tensor, nn
 from fastflow import checks, config
 from fastflow.testing.counters import Counts
 
-# Compute ops of upstream's step, forward and backward; and what ours may need today.
+# Compute ops of upstream's step, forward and backward.
 UPSTREAM = {"cosyvoice": 4048, "cosyvoice2": 4164, "cosyvoice3": 2742}
-CEILING = {"cosyvoice": 2650, "cosyvoice2": 2650, "cosyvoice3": 2100}
 
 
 def narrow(name: str) -> nn.Module:
@@ -54,12 +53,6 @@ def test_a_step_never_waits_for_the_device(step: tuple[str, Counts]) -> None:
     assert step[1].syncs.total() == 0
 
 
-def test_a_step_dispatches_fewer_ops_than_upstreams(step: tuple[str, Counts]) -> None:
-    name, counts = step
-    assert counts.ops.total() <= CEILING[name] < UPSTREAM[name], counts.ops.most_common()
-
-
-@pytest.mark.xfail(reason="the backward passes of norms, projections and rotary embeddings are several ops each")
 def test_a_step_dispatches_a_third_of_upstreams_ops(step: tuple[str, Counts]) -> None:
     name, counts = step
     assert counts.ops.total() <= UPSTREAM[name] / 3, counts.ops.most_common()
