@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastflow.ops.dropout import dropout_threshold
 
-CONFIG = {"BLOCK": 1024, "num_warps": 4}  # for every dtype and architecture
+CONFIG = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}  # for every dtype and architecture
 
 
 @triton.jit(do_not_specialize=["count", "threshold"])
