@@ -760,11 +760,13 @@ Tensor as_signal(const Tensor& matrix, const Tensor& like) {
   return torch::stable::view(matrix, {like.size(0), like.size(1), matrix.size(1)});
 }
 
+// What is not wanted, or not there.
+Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
 // The sums of columns [0, columns) of `rows` rows from x on; `stride` elements lie between two rows.
-void sum_columns(const void* x, int64_t rows, int64_t stride, int64_t columns, const Tensor& sums, char* to) {
-  const Dtype dtype = dtype_of(sums);
+void sum_columns(const void* x, int64_t rows, int64_t stride, int64_t columns, Dtype dtype, void* sums) {
   torch::stable::parallel_for(0, columns, max_of(64, kGrain / max_of(rows, 1)), [&](int64_t begin, int64_t end) {
-    cpu::kernels().column_sums(x, rows, stride, dtype, to, begin, end);
+    cpu::kernels().column_sums(x, rows, stride, dtype, sums, begin, end);
   });
 }
 
@@ -776,32 +778,34 @@ struct GradientOfLinear {
 GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const Tensor& weight,
                                     const OptionalTensor& bias, const OptionalTensor& gate, bool wants_bias) {
   const int64_t batch = x.size(0), frames = x.size(1), rows = weight.size(0), channels = weight.size(1);
-  const int64_t size = grad.element_size();
-  const char* data = static_cast<const char*>(grad.data_ptr());
+  const Dtype dtype = dtype_of(grad);
   if (!gate) {
     Tensor sums = torch::stable::new_empty(x, {wants_bias ? rows : 0});
-    if (wants_bias) sum_columns(data, batch * frames, rows, rows, sums, static_cast<char*>(sums.data_ptr()));
-    return {torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x)), sums, torch::stable::new_empty(x, {0})};
+    if (wants_bias) sum_columns(grad.data_ptr(), batch * frames, rows, rows, dtype, sums.data_ptr());
+    return {torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x)), sums, nothing(x)};
   }
+  check_tensor("gate", *gate, {batch, rows}, x.scalar_type());
+  if (bias) check_tensor("bias", *bias, {rows}, x.scalar_type());
   GradientOfLinear found = {torch::stable::new_zeros(x, {rows, channels}), torch::stable::new_zeros(x, {rows}),
                             torch::stable::new_empty(x, {batch, rows})};
   const Tensor sums = torch::stable::new_empty(x, {rows}), dense_weight = torch::stable::contiguous(weight),
                dense_gate = torch::stable::contiguous(*gate);
+  const OptionalTensor dense_bias = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : OptionalTensor();
   for (int64_t b = 0; b < batch; ++b) {
-    const Tensor products =
-        torch::stable::matmul(transposed(torch::stable::select(grad, 0, b)), torch::stable::select(x, 0, b));
-    sum_columns(data + b * frames * rows * size, frames, rows, rows, sums, static_cast<char*>(sums.data_ptr()));
+    const Tensor grad_row = torch::stable::select(grad, 0, b);
+    const Tensor products = torch::stable::matmul(transposed(grad_row), torch::stable::select(x, 0, b));
+    sum_columns(grad_row.data_ptr(), frames, rows, rows, dtype, sums.data_ptr());
     const GatedGradientArgs args = {channels,
                                     products.data_ptr(),
                                     sums.data_ptr(),
                                     dense_weight.data_ptr(),
-                                    bias ? bias->data_ptr() : nullptr,
-                                    static_cast<const char*>(dense_gate.data_ptr()) + b * rows * size,
+                                    dense_bias ? dense_bias->data_ptr() : nullptr,
+                                    torch::stable::select(dense_gate, 0, b).data_ptr(),
                                     found.weight.data_ptr(),
                                     found.bias.data_ptr(),
-                                    static_cast<char*>(found.gate.data_ptr()) + b * rows * size};
+                                    torch::stable::select(found.gate, 0, b).data_ptr()};
     torch::stable::parallel_for(0, rows, max_of(1, kGrain / channels), [&](int64_t begin, int64_t end) {
-      cpu::kernels().add_gated_gradient(args, dtype_of(x), begin, end);
+      cpu::kernels().add_gated_gradient(args, dtype, begin, end);
     });
   }
   return found;
@@ -809,13 +813,13 @@ GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const T
 
 // The gradient of scale or shift, which is like one of them: [C], [B, C] or none; `sums` is norm_backward's.
 Tensor gradient_of_vectors(const OptionalTensor& like, const Tensor& sums, int64_t which) {
-  if (!like) return torch::stable::new_empty(sums, {0});
+  if (!like) return nothing(sums);
   const int64_t batch = sums.size(0), chunks = sums.size(1), channels = sums.size(3), size = sums.element_size();
   Tensor result = torch::stable::new_empty(sums, like->sizes());
   const int64_t groups = like->dim() == 2 ? batch : 1, rows = batch * chunks / max_of(groups, 1);
   const char* from = static_cast<const char*>(sums.data_ptr()) + which * channels * size;
   for (int64_t g = 0; g < groups; ++g)
-    sum_columns(from + g * rows * 2 * channels * size, rows, 2 * channels, channels, result,
+    sum_columns(from + g * rows * 2 * channels * size, rows, 2 * channels, channels, dtype_of(sums),
                 static_cast<char*>(result.data_ptr()) + g * channels * size);
   return result;
 }
@@ -824,9 +828,9 @@ struct NormGradient {
   Tensor x, normalised, scale, shift;
 };
 
-NormGradient gradient_of_norm(const OptionalTensor& grad, const Tensor& x, const Tensor& stats, const NormRule& norm,
+NormGradient gradient_of_norm(const Tensor& grad, const Tensor& x, const Tensor& stats, const NormRule& norm,
                               const OptionalTensor& grad_residual) {
-  const auto [grad_x, normalised, sums] = norm_backward_cpu(*grad, x, stats, norm.scale, norm.shift, grad_residual);
+  const auto [grad_x, normalised, sums] = norm_backward_cpu(grad, x, stats, norm.scale, norm.shift, grad_residual);
   return {grad_x, normalised, gradient_of_vectors(norm.scale, sums, 0), gradient_of_vectors(norm.shift, sums, 1)};
 }
 
@@ -844,8 +848,6 @@ Tensor joined(const std::vector<Tensor>& weights) {
   }
   return result;
 }
-
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
 GradientOfLinear no_gradients(const Tensor& like) { return {nothing(like), nothing(like), nothing(like)}; }
 
@@ -869,7 +871,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_backward_c
   if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(scaled), weight), x);
   NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
   if (normalises) {
-    norm = gradient_of_norm(grad_x, x, stats, {scale, shift, {}}, {});
+    norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, {});
     grad_x = norm.x;
   }
   GradientOfLinear linear = no_gradients(x);
@@ -900,7 +902,7 @@ FeedForwardGradients feed_forward_backward_cpu(const Tensor& grad, const Tensor&
   if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(grad_hidden), w1), x);
   NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
   if (normalises) {
-    norm = gradient_of_norm(grad_x, x, stats, {scale, shift, {}}, residual ? OptionalTensor(grad) : OptionalTensor());
+    norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, residual ? OptionalTensor(grad) : OptionalTensor());
     grad_x = norm.x;
   }
   if (wants_first) first = gradient_of_linear(grad_hidden, norm.normalised, w1, {}, {}, true);

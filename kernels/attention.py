@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.ops.dropout import dropout_threshold
+from fastflow.ops.dropout import threshold_as_int32
 
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -697,9 +697,8 @@ def _numbers(
     chunk_size = min(chunk_size or frames, frames)
     last = (frames - 1) // chunk_size
     left_chunks = min(num_left_chunks, last) if num_left_chunks >= 0 else last
-    threshold = dropout_threshold(dropout_p)
-    as_int32 = threshold - 2**32 if threshold >= 2**31 else threshold
-    return queries, keys, chunk_size, left_chunks, key_offset, scale, as_int32, 1 / (1 - dropout_p)
+    threshold = threshold_as_int32(dropout_p)
+    return queries, keys, chunk_size, left_chunks, key_offset, scale, threshold, 1 / (1 - dropout_p)
 
 
 def _positions(rel: tuple[Tensor, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflow.ops.dropout import dropout_threshold
+from fastflow.ops.dropout import threshold_as_int32
 
 CONFIG = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}  # for every dtype and architecture
 
@@ -30,10 +30,9 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """Launch the kernel."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    threshold = dropout_threshold(p)
     if x.numel():
         with torch.cuda.device_of(x):
             dropout_kernel[(triton.cdiv(x.numel(), CONFIG["BLOCK"]),)](
-                out, x, seed, x.numel(), threshold - 2**32 if threshold >= 2**31 else threshold, 1 / (1 - p), **CONFIG
+                out, x, seed, x.numel(), threshold_as_int32(p), 1 / (1 - p), **CONFIG
             )
     return out

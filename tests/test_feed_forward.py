@@ -194,6 +194,14 @@ def test_nothing_to_do(case, batch, frames, backend, device):
 
 
 # ------------------------------------------------------------------------------------------------ memory
+def test_parameters_of_any_strides(backend, device):
+    tensors, grad, rule = make("dit", device=device)
+    want = run(tensors, grad, rule, backend=backend)
+    got = run({n: x if n == "x" else poison.spread(x) for n, x in tensors.items()}, grad, rule, backend=backend)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 @pytest.mark.parametrize("layout", poison.strided_copies(torch.zeros(1, 1, 1)))
 def test_any_strides(layout, backend, device):
     """Also: nothing around the tensors is read, which is NaN."""

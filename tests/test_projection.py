@@ -145,6 +145,16 @@ def test_nothing_to_do(case, batch, frames, backend, device):
 
 
 # ------------------------------------------------------------------------------------------------ memory
+@pytest.mark.parametrize("widths", [(24,), (24, 16)], ids=str)
+def test_parameters_of_any_strides(widths, backend, device):
+    tensors, grad = make("everything", device=device, widths=widths)
+    want = run(tensors, grad, backend=backend)
+    parameters = {name: poison.spread(x) for name, x in tensors.items() if name not in ("x", "residual")}
+    got = run(tensors | parameters, grad, backend=backend)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 @pytest.mark.parametrize("layout", poison.strided_copies(torch.zeros(1, 1, 1)))
 def test_any_strides(layout, backend, device):
     """Also: nothing around the tensors is read, which is NaN."""

@@ -24,6 +24,12 @@ def dropout_threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
+def threshold_as_int32(p: float) -> int:
+    """The bits of the threshold as Triton's kernels take them."""
+    threshold = dropout_threshold(p)
+    return threshold - 2**32 if threshold >= 2**31 else threshold
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """``[1]`` int64 from torch's generator on the device, without a read on the host."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)

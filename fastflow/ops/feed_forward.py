@@ -165,11 +165,10 @@ class FeedForwardFunction(torch.autograd.Function):
                 grad, x, stats, hidden, w1, w2, b2, ctx.activation, scale, shift, normalises, gate, ctx.residual,
                 needs[0], needs[1] or needs[2], needs[3] or needs[4] or needs[7],
             )  # fmt: skip
-            grad_x = to_input(found.x, x)
-            if grad_x is not None and ctx.residual and not normalises:
-                grad_x = grad_x + grad
-        of_parameters = zip(found[1:], (w1, b1, w2, b2, scale, shift, gate), strict=True)
-        return grad_x, *(to_input(g, t) for g, t in of_parameters), *[None] * 5
+            if found.x is not None and ctx.residual and not normalises:
+                found = found._replace(x=found.x + grad)
+        of_inputs = zip(found, (x, w1, b1, w2, b2, scale, shift, gate), strict=True)
+        return *(to_input(g, t) for g, t in of_inputs), *[None] * 5
 
 
 class Gradients(NamedTuple):
@@ -209,9 +208,11 @@ def _backward_on_gpu(  # type: ignore[no-untyped-def]
     activated, grad_hidden = op("activation_backward", backend)(
         (scaled_by(grad, gate) @ w2).contiguous(), hidden, activation
     )
-    norm = NormBackward(grad_hidden @ w1 if wants_x or normalises else None, x, None, None)
+    norm = NormBackward(None, x, None, None)
     if normalises:
-        norm = norm_backward(norm.grad_x, x, stats, scale, shift, grad if residual else None, backend)
+        norm = norm_backward(grad_hidden @ w1, x, stats, scale, shift, grad if residual else None, backend)
+    elif wants_x:
+        norm = norm._replace(grad_x=grad_hidden @ w1)
     first = weight_gradients(grad_hidden, norm.normalised, backend) if wants_first else NO_GRADIENTS
     second = weight_gradients(grad, activated, backend, w2, b2, gate) if wants_second else NO_GRADIENTS
     return Gradients(

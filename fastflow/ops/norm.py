@@ -131,7 +131,7 @@ class NormBackward(NamedTuple):
 
 
 def norm_backward(
-    grad: Tensor | None,
+    grad: Tensor,
     x: Tensor,
     stats: Tensor,
     scale: Tensor | None,
@@ -149,7 +149,6 @@ def norm_backward(
         grad_residual: what reaches x beside the norm, or None.
         backend: of the forward pass.
     """
-    assert grad is not None
     beside = None if grad_residual is None else grad_residual.contiguous()
     backward = op("norm_backward", backend)
     grad_x, normalised, sums = backward(grad.contiguous(), x.contiguous(), stats, scale, shift, beside)

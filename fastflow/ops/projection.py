@@ -259,9 +259,11 @@ def _backward_on_gpu(  # type: ignore[no-untyped-def]
     backend, grad, x, stats, weights, biases, scale, shift, normalises, gate, wants_x, wants_weights, wants_bias
 ) -> Gradients:
     weight, linear = _joined(weights), NO_GRADIENTS
-    norm = NormBackward(scaled_by(grad, gate) @ weight if wants_x or normalises else None, x, None, None)
+    norm = NormBackward(None, x, None, None)
     if normalises:
-        norm = norm_backward(norm.grad_x, x, stats, scale, shift, None, backend)
+        norm = norm_backward(scaled_by(grad, gate) @ weight, x, stats, scale, shift, None, backend)
+    elif wants_x:
+        norm = norm._replace(grad_x=scaled_by(grad, gate) @ weight)
     if wants_weights:
         bias = None if gate is None else _joined_biases(biases, weights)
         linear = weight_gradients(grad, norm.normalised, backend, weight, bias, gate)

@@ -67,6 +67,13 @@ def permuted(x: Tensor, *order: int) -> Tensor:
     return x.permute(order).contiguous().permute(inverse)
 
 
+def spread(x: Tensor) -> Tensor:
+    """A copy whose elements lie two apart, NaN between them."""
+    around = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype, device=x.device)
+    around[..., 0] = x
+    return around[..., 0]
+
+
 def strided_copies(x: Tensor) -> dict[str, Tensor]:
     """Equal tensors of shape [B, T, C] in other memory layouts, by name."""
     return {
