@@ -697,6 +697,31 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
   return {out, stats, hidden};
 }
 
+// A transformer block: projection, self_attention, projection and feed_forward.  `weights` and `biases` are those of q,
+// k, v, out and the two of feed_forward, `norms` scale and shift of the two norms, `packed` of qkv and of the others.
+Tensor transformer_block_cpu(const Tensor& x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                             std::vector<OptionalTensor> norms, double eps_1, double eps_2,
+                             std::vector<OptionalTensor> gates, int64_t heads, int64_t activation,
+                             OptionalTensor lengths, std::optional<std::vector<int64_t>> sizes, int64_t chunk_size,
+                             double scale, OptionalTensor rotary, std::vector<OptionalTensor> packed) {
+  STD_TORCH_CHECK(weights.size() == 6 && biases.size() == 6 && norms.size() == 4 && gates.size() == 2 &&
+                      packed.size() == 4,
+                  "weights, biases, norms, gates and packed must be 6, 6, 4, 2 and 4");
+  check_signal(x);
+  const int64_t batch = x.size(0), frames = x.size(1), inner = weights[0].size(0);
+  STD_TORCH_CHECK(heads > 0 && inner % heads == 0, "heads must divide the width of q, ", inner, ", got ", heads);
+  const Tensor qkv = std::get<0>(projection_cpu(x, {weights[0], weights[1], weights[2]},
+                                                {biases[0], biases[1], biases[2]}, norms[0], norms[1], eps_1, {}, {},
+                                                packed[0]));
+  const Tensor attended = std::get<0>(self_attention_cpu(
+      torch::stable::view(qkv, {batch, frames, 3, heads, inner / heads}), lengths, std::move(sizes), chunk_size, scale,
+      rotary));
+  const Tensor middle = std::get<0>(projection_cpu(torch::stable::view(attended, {batch, frames, inner}), {weights[3]},
+                                                   {biases[3]}, {}, {}, {}, x, gates[0], packed[1]));
+  return std::get<0>(feed_forward_cpu(middle, weights[4], biases[4], weights[5], biases[5], activation, norms[2],
+                                      norms[3], eps_2, gates[1], true, false, packed[2], packed[3]));
+}
+
 void check_wide(const char* name, const Tensor& x, const std::vector<int64_t>& shape, const Tensor& like) {
   check_tensor(name, x, shape, wide_type(like));
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
@@ -1416,6 +1441,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("pack_weights", TORCH_BOX(&pack_weights_cpu));
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
+  m.impl("transformer_block", TORCH_BOX(&transformer_block_cpu));
   m.impl("projection_backward", TORCH_BOX(&projection_backward_cpu));
   m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));

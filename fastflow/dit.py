@@ -9,7 +9,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend_self, feed_forward_residual, plain, project_residual
+from fastflow.layers import (
+    active,
+    attend_self,
+    feed_forward_residual,
+    is_one_op,
+    plain,
+    project_residual,
+    transform,
+)
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, normalised, pack, packing_of, unpack
@@ -105,6 +113,10 @@ class Attention(Recomputing):
         self.to_v = nn.Linear(dim, heads * dim_head)
         self.to_out = nn.ModuleList([nn.Linear(heads * dim_head, dim), nn.Dropout(dropout)])
 
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        return self.to_q, self.to_k, self.to_v, self.to_out[0]
+
     def forward(
         self,
         x: Tensor,
@@ -150,17 +162,23 @@ class Attention(Recomputing):
 class FeedForward(Recomputing):
     """Linear, GELU (tanh form), dropout, linear."""
 
+    activation = "gelu_tanh"
+
     def __init__(self, dim: int, mult: int, dropout: float) -> None:
         super().__init__()
         project = nn.Sequential(nn.Linear(dim, mult * dim), nn.GELU(approximate="tanh"))
         self.ff = nn.Sequential(project, nn.Dropout(dropout), nn.Linear(mult * dim, dim))
 
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        layers: Any = self.ff
+        return layers[0][0], layers[2]
+
     def forward(self, x: Tensor, norm: Norm | None, gate: Tensor | None, packing: Packing | None = None) -> Tensor:
         """``x + gate * feed_forward(norm(x))``."""
-        layers: Any = self.ff
-        inner, dropouts, outer = layers[0][0], (layers[1], None), layers[2]
-        rule: dict[str, Any] = {"activation": "gelu_tanh", "norm": norm, "gate": gate, "packing": packing}
-        return feed_forward_residual(x, inner, outer, dropouts, keep_hidden=self.keeps_products, **rule)
+        rule: dict[str, Any] = {"activation": self.activation, "norm": norm, "gate": gate, "packing": packing}
+        inner, outer = self.linears
+        return feed_forward_residual(x, inner, outer, (self.ff[1], None), keep_hidden=self.keeps_products, **rule)
 
 
 class AdaLayerNorm(nn.Module):
@@ -203,8 +221,13 @@ class DiTBlock(Block):
     ) -> Tensor:
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
-        x = self.attn(x, modulated(shift_attn, scale_attn), gate_attn, lengths, chunk_size, rotary, packing)
-        return self.ff(x, modulated(shift_ff, scale_ff), gate_ff, packing)
+        norms, gates = (modulated(shift_attn, scale_attn), modulated(shift_ff, scale_ff)), (gate_attn, gate_ff)
+        if packing is None and is_one_op(self.attn, self.ff, self.draws):
+            rule: dict[str, Any] = {"heads": self.attn.heads, "activation": self.ff.activation, "gates": gates}
+            linears = *self.attn.linears, *self.ff.linears
+            return transform(x, linears, norms, lengths=lengths, chunk_size=chunk_size, rotary=rotary, **rule)
+        x = self.attn(x, norms[0], gates[0], lengths, chunk_size, rotary, packing)
+        return self.ff(x, norms[1], gates[1], packing)
 
 
 class Invariants(NamedTuple):

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastflow.ops.attention import (
     RelativePosition,
@@ -17,6 +19,7 @@ from fastflow.ops.dropout import dropout
 from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
+from fastflow.ops.transformer_block import transformer_block
 from fastflow.padding import Packing, normalised, pack, scaled
 from fastflow.recompute import records, replayed
 
@@ -62,6 +65,33 @@ def project_residual(
     if packing is None and not active(last):
         return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
     return x + scaled(drop(projection(y, [linear.weight], [linear.bias]), last), gate, packing)
+
+
+def is_one_op(attention: nn.Module, feed_forward: nn.Module, draws: bool) -> bool:
+    """Whether a transformer block of these parts may be one op: in inference, unless a hook listens to a part."""
+    if torch.is_grad_enabled() or draws or _has_any_global_hook():
+        return False
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in (attention, feed_forward))
+
+
+def transform(
+    x: Tensor,
+    linears: Sequence[nn.Linear],
+    norms: tuple[Norm, Norm],
+    *,
+    lengths: Tensor,
+    packing: Packing | None = None,
+    **options: Any,
+) -> Tensor:
+    """The transformer block of the layers of q, k, v, out and the two of the feed-forward.
+
+    Args:
+        packing: of x and of the result.
+        lengths, options: as for :func:`transformer_block`.
+    """
+    options |= {"lengths": lengths} if packing is None else {"sizes": packing.sizes}
+    weights, biases = [plain(layer).weight for layer in linears], [layer.bias for layer in linears]
+    return transformer_block(x, weights, biases, norms=norms, **options)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:

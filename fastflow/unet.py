@@ -13,7 +13,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import active, attend_self, feed_forward_residual, plain, project_residual
+from fastflow.layers import (
+    active,
+    attend_self,
+    feed_forward_residual,
+    is_one_op,
+    plain,
+    project_residual,
+    transform,
+)
 from fastflow.ops.conv_block import conv_block
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -117,6 +125,10 @@ class Attention(Recomputing):
         self.to_v = nn.Linear(dim, heads * head_dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(heads * head_dim, dim), nn.Dropout(dropout)])
 
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        return self.to_q, self.to_k, self.to_v, self.to_out[0]
+
     def forward(
         self, x: Tensor, norm: Norm, lengths: Tensor, chunk_size: int, packing: Packing | None = None
     ) -> Tensor:
@@ -150,17 +162,22 @@ class GELU(nn.Module):
 class FeedForward(Recomputing):
     """Four times the width inside."""
 
+    activation = "gelu"
+
     def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
         self.net = nn.ModuleList([GELU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
 
+    @property
+    def linears(self) -> tuple[Any, ...]:
+        layers: Any = self.net
+        return layers[0].proj, layers[2]
+
     def forward(self, x: Tensor, norm: Norm) -> Tensor:
         """``x + feed_forward(norm(x))``."""
-        layers: Any = self.net
-        inner, dropouts, outer = layers[0].proj, (layers[1], None), layers[2]
-        return feed_forward_residual(
-            x, inner, outer, dropouts, activation="gelu", norm=norm, keep_hidden=self.keeps_products
-        )
+        rule: dict[str, Any] = {"activation": self.activation, "norm": norm}
+        inner, outer = self.linears
+        return feed_forward_residual(x, inner, outer, (self.net[1], None), keep_hidden=self.keeps_products, **rule)
 
 
 class TransformerBlock(Block):
@@ -180,8 +197,15 @@ class TransformerBlock(Block):
     def _compute(  # type: ignore[override]
         self, x: Tensor, lengths: Tensor, chunk_size: int, packing: Packing | None = None
     ) -> Tensor:
-        x = self.attn1(x, Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps), lengths, chunk_size, packing)
-        return self.ff(x, Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps))
+        norms = (
+            Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps),
+            Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps),
+        )
+        if is_one_op(self.attn1, self.ff, self.draws):
+            mask: dict[str, Any] = {"lengths": lengths, "chunk_size": chunk_size, "packing": packing}
+            linears = *self.attn1.linears, *self.ff.linears
+            return transform(x, linears, norms, heads=self.attn1.heads, activation=self.ff.activation, **mask)
+        return self.ff(self.attn1(x, norms[0], lengths, chunk_size, packing), norms[1])
 
 
 class Resample(nn.Module):

@@ -8,6 +8,7 @@ from fastflow.ops.feed_forward import feed_forward, feed_forward_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.ops.norm import Norm, norm_ref
 from fastflow.ops.projection import projection, projection_ref
+from fastflow.ops.transformer_block import transformer_block, transformer_block_ref
 
 __all__ = [
     "Norm",
@@ -28,4 +29,6 @@ __all__ = [
     "projection",
     "projection_ref",
     "self_attention",
+    "transformer_block",
+    "transformer_block_ref",
 ]

@@ -51,7 +51,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
-_NUMBERS = {name: n for n, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/linear.h
+ACTIVATION_NUMBERS = {name: n for n, name in enumerate(ACTIVATIONS, 1)}  # as in csrc/linear.h
 
 
 def feed_forward_ref(
@@ -310,7 +310,7 @@ def feed_forward(
             replay: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             return checkpoint(feed_forward_ref, x, w1, b1, w2, b2, **replay, **rule)
         return feed_forward_ref(x, w1, b1, w2, b2, **rule)
-    number = _NUMBERS[activation]
+    number = ACTIVATION_NUMBERS[activation]
     if records:
         return FeedForwardFunction.apply(*tensors, number, eps, residual, keep_hidden, chosen)
     packed = (packed_weights(x, [w1], [b1]), packed_weights(x, [w2], [b2])) if chosen == "cpu" else ()

@@ -79,6 +79,16 @@ def _self_attention_flops(
     return sum(count(*[(1, heads, n, width)] * tensors) for n in rows)
 
 
+def _transformer_block_flops(
+    x: Tensor, weights: list[Tensor], biases: Any, norms: Any, eps_1: float, eps_2: float, gates: Any, heads: int,
+    activation: int, lengths: Tensor | None, sizes: list[int] | None, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    batch, frames, _channels = x.shape
+    inner, rows = weights[0].shape[0], [frames] * batch if sizes is None else sizes
+    attention = sum(sdpa_flop_count(*[(1, heads, n, inner // heads)] * 3) for n in rows)
+    return attention + 2 * batch * frames * sum(weight.numel() for weight in weights)
+
+
 def _self_attention_backward_flops(grad: Tensor, out: Tensor, lse: Tensor, *args: Any, **__: Any) -> int:
     return _self_attention_flops(*args, count=sdpa_backward_flop_count, tensors=4)
 
@@ -139,6 +149,7 @@ _FLOPS = {
     torch.ops.fastflow.relative_attention_backward_triton: _relative_attention_backward_flops,
     torch.ops.fastflow.self_attention: _self_attention_flops,
     torch.ops.fastflow.self_attention_backward: _self_attention_backward_flops,
+    torch.ops.fastflow.transformer_block: _transformer_block_flops,
     torch.ops.fastflow.projection: _projection_flops,
     torch.ops.fastflow.projection_triton: _projection_flops,
     torch.ops.fastflow.feed_forward: _feed_forward_flops,
