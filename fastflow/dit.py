@@ -137,7 +137,7 @@ class Attention(Recomputing):
             shift,
             *(plain(part).weight for part in parts),
             *(part.bias for part in parts),
-            keep_qkv=self.keeps_products,
+            keep_qkv=self.keeps_heads(x),
             lengths=lengths,
             chunk_size=chunk_size,
             rotary=rotary,

@@ -69,7 +69,7 @@ class RelPositionMultiHeadedAttention(Recomputing):
             self.pos_bias_v,
             *(plain(part).weight for part in parts),
             *(part.bias for part in parts),
-            keep_heads=self.keeps_products,
+            keep_heads=self.keeps_heads(x),
             lengths=lengths,
             chunk_size=chunk_size,
             dropout_p=self.dropout_rate if self.training else 0.0,
@@ -248,7 +248,7 @@ class ConformerEncoder(Recomputing, Padded):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        self.recompute = "block" if value else "none"
+        self.recompute = "block" if value else "auto"
 
     def _build_layers(
         self,

@@ -104,7 +104,7 @@ class InterpolateRegulator(Recomputing, Padded):
         *blocks, last = layers
         for conv, norm in zip(blocks[::3], blocks[1::3], strict=True):
             parameters = plain(conv, nn.Conv1d).weight, conv.bias, norm.weight, norm.bias
-            keep = self.recompute == "none"
+            keep = self.recompute in ("auto", "none")
             rule: dict[str, Any] = {"groups": norm.num_groups, "eps": norm.eps, "keep_product": keep}
             x = conv_block(x, *parameters, lengths=lengths, padding=self.padding, **rule)
         return projection(x, [plain(last, nn.Conv1d).weight[:, :, 0]], [last.bias])

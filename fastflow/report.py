@@ -184,7 +184,7 @@ def _memory(
     modes = []
     for mode in MODES:
         total = saved[mode].total()
-        peak = total + (0 if mode == "none" else largest)
+        peak = total + (largest if total < saved["none"].total() else 0)
         fits = None if memory is None else max(0, int((USABLE * memory - fixed) / (peak / rows)))
         kept = None
         if attention is not None:
@@ -253,7 +253,7 @@ def report(spec: config.Spec, name: str, frames: int = 500, batch: int = 4, memo
         if value < 1:
             raise ValueError(f"{argument} must be >= 1, got {value}")
     flow, flops, kept = _measure(spec, batch, frames)
-    saved = kept["none"]
+    saved = kept["auto"]
     parameters: Counter[str] = Counter()
     for key, parameter in flow.named_parameters():
         parameters[key.rpartition(".")[0]] += parameter.numel()

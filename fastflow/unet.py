@@ -139,7 +139,7 @@ class Attention(Recomputing):
             norm.scale,
             norm.shift,
             *(plain(part).weight for part in (self.to_q, self.to_k, self.to_v)),
-            keep_qkv=self.keeps_products,
+            keep_qkv=self.keeps_heads(x),
             lengths=lengths,
             chunk_size=chunk_size,
             packing=packing,

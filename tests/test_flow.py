@@ -110,7 +110,7 @@ def test_streaming_is_decided_by_the_first_python_draw(name: str, monkeypatch: p
     assert len(set(seen)) == 2
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+@pytest.mark.parametrize("recompute", ["auto", "none", "selective", "block"])
 @pytest.mark.parametrize("name", TINY)
 def test_a_step_with_device_randomness_never_waits_for_the_device(name, recompute, monkeypatch) -> None:
     monkeypatch.setattr(checks, "readable", lambda x: False)  # as for tensors that are not on the CPU
