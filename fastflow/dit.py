@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.layers import (
+    Conv1d,
+    Linear,
     active,
     attend_self,
     feed_forward_residual,
@@ -18,6 +20,7 @@ from fastflow.layers import (
     project_residual,
     transform,
 )
+from fastflow.ops.half import autocast_fitted, linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, normalised, pack, packing_of, unpack
@@ -33,7 +36,7 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.time_mlp = nn.Sequential(nn.Linear(TIME_FEATURES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_mlp = nn.Sequential(Linear(TIME_FEATURES, dim), nn.SiLU(), Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         return self.time_mlp(time_features(t, TIME_FEATURES))
@@ -46,7 +49,7 @@ class CausalConvPositionEmbedding(nn.Module):
         super().__init__()
 
         def conv() -> nn.Sequential:
-            return nn.Sequential(nn.Conv1d(dim, dim, CONV_POS_KERNEL, groups=CONV_POS_GROUPS), nn.Mish())
+            return nn.Sequential(Conv1d(dim, dim, CONV_POS_KERNEL, groups=CONV_POS_GROUPS), nn.Mish())
 
         self.conv1, self.conv2 = conv(), conv()
 
@@ -71,19 +74,19 @@ class InputEmbedding(nn.Module):
         self.conv_pos_embed = CausalConvPositionEmbedding(dim)
 
     def forward(self, x: Tensor, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
-        x = self.proj(torch.cat([x, *_rest(cond, mu, spks)], -1))
-        return x + self.conv_pos_embed(x)
+        x = saturated(self.proj(autocast_fitted(torch.cat([x, *_rest(cond, mu, spks)], -1))))
+        return saturated(x + self.conv_pos_embed(x))
 
     def invariant(self, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
         """The projection of all channels but those of x, ``[B, T, dim]``."""
         rest = torch.cat(_rest(cond, mu, spks), -1)
         proj = plain(self.proj)
-        return F.linear(rest, proj.weight[:, -rest.shape[-1] :], proj.bias)
+        return linear(rest, proj.weight[:, -rest.shape[-1] :], proj.bias)
 
     def complete(self, x: Tensor, invariant: Tensor) -> Tensor:
         """What :meth:`forward` gives, from x and the projection of the rest."""
         x = projection(x, [self.proj.weight[:, : x.shape[-1]]], [None], residual=invariant)
-        return x + self.conv_pos_embed(x)
+        return saturated(x + self.conv_pos_embed(x))
 
 
 class RotaryEmbedding(nn.Module):
@@ -186,7 +189,7 @@ class AdaLayerNorm(nn.Module):
 
     def __init__(self, dim: int, parts: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, parts * dim)
+        self.linear = Linear(dim, parts * dim)
 
     def forward(self, e: Tensor) -> Tensor:
         return self.linear(e)
@@ -283,7 +286,7 @@ class DiT(Recomputing, Padded):
         self.dim, self.depth, self.out_channels = dim, depth, out_channels
         self.static_chunk_size, self.num_decoding_left_chunks = static_chunk_size, num_decoding_left_chunks
         self.transformer_blocks = nn.ModuleList(DiTBlock(dim, heads, dim_head, ff_mult, dropout) for _ in range(depth))
-        self.long_skip_connection = nn.Linear(2 * dim, dim, bias=False) if long_skip_connection else None
+        self.long_skip_connection = Linear(2 * dim, dim, bias=False) if long_skip_connection else None
         self.norm_out = AdaLayerNorm(dim, 2)
         self.proj_out = nn.Linear(dim, mel_dim)
 

@@ -10,8 +10,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow.layers import attend, drop, feed_forward_residual, plain, project_residual, split_heads
+from fastflow.layers import Conv1d, Linear, attend, drop, feed_forward_residual, plain, project_residual, split_heads
 from fastflow.ops.attention import length_mask, upstream_lengths
+from fastflow.ops.half import linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, pack, packing_of, unpack
@@ -92,7 +93,7 @@ class RelPositionMultiHeadedAttention(Recomputing):
     ) -> tuple[Tensor, ...]:
         norm = None if eps is None else Norm(scale, shift, eps)
         qkv = unpack(projection(x, parts[:3], parts[3:], norm=norm), packing).unflatten(-1, (3, self.h, self.d_k))
-        position = F.linear(pos_emb, pos_weight)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
+        position = linear(pos_emb, pos_weight)[0].unflatten(-1, (self.h, self.d_k)).transpose(0, 1)
         return *split_heads(qkv), position, bias_u.to(qkv.dtype), bias_v.to(qkv.dtype)
 
 
@@ -151,13 +152,13 @@ class LinearEmbed(nn.Module):
 
     def __init__(self, input_size: int, width: int, dropout_rate: float, positional_dropout_rate: float) -> None:
         super().__init__()
-        self.out = nn.Sequential(nn.Linear(input_size, width), nn.LayerNorm(width, eps=1e-5), nn.Dropout(dropout_rate))
+        self.out = nn.Sequential(Linear(input_size, width), nn.LayerNorm(width, eps=1e-5), nn.Dropout(dropout_rate))
         self.dropout = nn.Dropout(positional_dropout_rate)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        linear, norm, dropout = self.out
-        x = drop(norm(linear(x)), dropout)
-        scaled = drop(x * math.sqrt(x.shape[-1]), self.dropout)
+        project, norm, dropout = self.out
+        x = drop(saturated(norm(project(x))), dropout)
+        scaled = drop(saturated(x * math.sqrt(x.shape[-1])), self.dropout)
         return scaled, drop(relative_positions(x.shape[1], x.shape[2], x), self.dropout)
 
 
@@ -287,7 +288,7 @@ class ConformerEncoder(Recomputing, Padded):
         x, pos_emb = self.embed(xs)
         lengths = upstream_lengths(xs_lens, xs.shape[1])
         x = self._layers(self.encoders, x, lengths, self.static_chunk_size, pos_emb, not self.exact)
-        return self.after_norm(x), length_mask(xs_lens, xs.shape[1])[:, None]
+        return saturated(self.after_norm(x)), length_mask(xs_lens, xs.shape[1])[:, None]
 
 
 class PreLookaheadLayer(nn.Module):
@@ -296,8 +297,8 @@ class PreLookaheadLayer(nn.Module):
     def __init__(self, in_channels: int, channels: int, pre_lookahead_len: int = 1) -> None:
         super().__init__()
         self.in_channels, self.channels, self.pre_lookahead_len = in_channels, channels, pre_lookahead_len
-        self.conv1 = nn.Conv1d(in_channels, channels, kernel_size=pre_lookahead_len + 1)
-        self.conv2 = nn.Conv1d(channels, in_channels, kernel_size=3)
+        self.conv1 = Conv1d(in_channels, channels, kernel_size=pre_lookahead_len + 1)
+        self.conv2 = Conv1d(channels, in_channels, kernel_size=3)
 
     def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """``[B, T, C]`` -> ``[B, T, C]``.
@@ -320,7 +321,7 @@ class PreLookaheadLayer(nn.Module):
             x = torch.cat([x, context.transpose(1, 2)], 2)
         x = F.leaky_relu(self.conv1(x))
         x = self.conv2(F.pad(x, (2, 0)))
-        return x.transpose(1, 2) + inputs
+        return saturated(x.transpose(1, 2) + inputs)
 
 
 class Upsample1D(nn.Module):
@@ -329,7 +330,7 @@ class Upsample1D(nn.Module):
     def __init__(self, channels: int, stride: int = 2) -> None:
         super().__init__()
         self.stride = stride
-        self.conv = nn.Conv1d(channels, channels, kernel_size=2 * stride + 1)
+        self.conv = Conv1d(channels, channels, kernel_size=2 * stride + 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.transpose(1, 2).repeat_interleave(self.stride, dim=2)
@@ -388,4 +389,4 @@ class UpsampleConformerEncoder(ConformerEncoder):
         x, pos_emb = self.up_embed(self.up_layer(x))
         lengths = 2 * xs_lens
         x = self._layers(self.up_encoders, x, lengths, 2 * chunk, pos_emb, False)
-        return self.after_norm(x), length_mask(lengths, x.shape[1])[:, None]
+        return saturated(self.after_norm(x)), length_mask(lengths, x.shape[1])[:, None]

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.checks import check_device, check_floats, check_lengths, check_row, check_shape, check_tokens, readable
+from fastflow.layers import Linear
 from fastflow.length_regulator import MEL_RATE, implied_frames, mel_frames
 from fastflow.lengths import POLICIES, Policy, check_tolerance, cleared, joined, resample
 from fastflow.ops.attention import length_mask
+from fastflow.ops.half import fitted
 from fastflow.padding import Padded
 from fastflow.recompute import Recomputing
 
@@ -111,7 +113,7 @@ class _Flow(Recomputing, Padded):
         self.output_type, self.input_frame_rate = output_type, input_frame_rate
         self.only_mask_loss, self.decoder_conf = only_mask_loss, decoder_conf
         self.input_embedding = nn.Embedding(vocab_size, input_size)
-        self.spk_embed_affine_layer = nn.Linear(spk_embed_dim, output_size)
+        self.spk_embed_affine_layer = Linear(spk_embed_dim, output_size)
 
     @property
     def randomness(self) -> Randomness:
@@ -276,7 +278,7 @@ class _Flow(Recomputing, Padded):
         """Arguments of the decoder from encoder frames ``[1, T, 80]``, the prompt's mel, and the caller's options."""
         schedule = options.get("schedule")
         named = schedule is None or isinstance(schedule, str)
-        cond = F.pad(prompt_feat.to(h.dtype), (0, 0, 0, h.shape[1] - prompt_feat.shape[1]))
+        cond = F.pad(fitted(prompt_feat, h.dtype).to(h.dtype), (0, 0, 0, h.shape[1] - prompt_feat.shape[1]))
         return {
             "mu": h.transpose(1, 2).contiguous(),
             "mask": h.new_ones(1, 1, h.shape[1]),
@@ -330,7 +332,7 @@ class MaskedDiffWithXvec(_Flow):
         if encoder is None or length_regulator is None or decoder is None:
             raise ValueError("encoder, length_regulator and decoder must be given")
         self.encoder = encoder  # the order of the parts is upstream's: optimizer states are indexed by position
-        self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
+        self.encoder_proj = Linear(self.encoder.output_size(), output_size)
         self.decoder = decoder
         self.length_regulator = length_regulator
 
@@ -581,7 +583,7 @@ class CausalMaskedDiffWithXvec(_CausalFlow):
         if encoder is None or decoder is None:
             raise ValueError("encoder and decoder must be given")
         self.encoder = encoder
-        self.encoder_proj = nn.Linear(self.encoder.output_size(), output_size)
+        self.encoder_proj = Linear(self.encoder.output_size(), output_size)
         self.decoder = decoder
         self.token_mel_ratio, self.pre_lookahead_len = token_mel_ratio, pre_lookahead_len
 

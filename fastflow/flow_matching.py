@@ -14,6 +14,7 @@ from torch import Tensor
 from fastflow import graphs
 from fastflow.checks import readable
 from fastflow.ops.euler_step import euler_step
+from fastflow.ops.half import fitted, saturated, widened
 from fastflow.recompute import Recomputing
 
 CACHED_FRAMES = 34  # the mel overlap of CosyVoice 1's stream: 20 tokens at 50 Hz
@@ -344,7 +345,7 @@ class ConditionalCFM(Recomputing):
         rows, dtype = 2 * mu.shape[0], spks.dtype
 
         def guided(y: Tensor) -> Tensor:
-            y = y.to(dtype)
+            y = fitted(y, dtype).to(dtype)
             return torch.cat([y, torch.zeros_like(y)])
 
         mask2, mu2, spks2, cond2 = mask.to(dtype).repeat(2, 1, 1), guided(mu), guided(spks), guided(cond)
@@ -396,7 +397,7 @@ class ConditionalCFM(Recomputing):
             generator: to draw from; None: torch's own on the device.
 
         Returns:
-            The loss, and the noisy mel y ``[B, 80, T]``.
+            The loss, float32 also of float16, and the noisy mel y ``[B, 80, T]``.
         """
         batch = mu.shape[0]
         t = torch.rand([batch, 1, 1], device=mu.device, dtype=mu.dtype, generator=generator)
@@ -406,14 +407,15 @@ class ConditionalCFM(Recomputing):
             z = torch.randn_like(x1)
         else:
             z = torch.randn(x1.shape, device=x1.device, dtype=x1.dtype, generator=generator)
-        y = (1 - (1 - self.sigma_min) * t) * z + t * x1
-        u = x1 - (1 - self.sigma_min) * z
+        y = saturated((1 - (1 - self.sigma_min) * t) * z + t * x1)
+        u = saturated(x1 - (1 - self.sigma_min) * z)
         if self.training_cfg_rate > 0:
             keep = torch.rand(batch, device=x1.device, generator=generator) > self.training_cfg_rate
             mu = mu * keep.view(-1, 1, 1)
             spks = None if spks is None else spks * keep.view(-1, 1)
             cond = None if cond is None else cond * keep.view(-1, 1, 1)
         prediction = self._velocity(y, mask, mu, t.flatten(), spks, cond, streaming)
+        mask = widened(mask)  # and so prediction and u, whose squares float16 does not hold
         loss = F.mse_loss(prediction * mask, u * mask, reduction="sum") / (torch.sum(mask) * u.shape[1])
         return loss, y
 

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from fastflow.backend import no_autocast
 from fastflow.ops.attention import (
     RelativePosition,
     attention,
@@ -17,11 +19,41 @@ from fastflow.ops.attention import (
 )
 from fastflow.ops.dropout import dropout
 from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
+from fastflow.ops.half import autocast_fitted, computes_half, linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.ops.transformer_block import transformer_block
 from fastflow.padding import Packing, normalised, pack, scaled
 from fastflow.recompute import records, replayed
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` that saturates in float16: see :mod:`fastflow.ops.half`.  For what no op computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv1d(nn.Conv1d):
+    """``nn.Conv1d`` that saturates in float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return saturated(super().forward(autocast_fitted(x)))
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` that saturates in float16."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        x = autocast_fitted(x)
+        if x.device.type != "cpu" or not computes_half(x):
+            return saturated(super().forward(x))
+        # On a CPU torch adds the taps in float16, where infinities of both signs would meet.
+        with no_autocast(x):
+            bias = None if self.bias is None else self.bias.float()
+            padding: Any = self.padding
+            out = F.conv_transpose1d(x.float(), self.weight.float(), bias, self.stride, padding)
+        return saturated(out.half())
 
 
 def plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> Any:
@@ -52,19 +84,19 @@ def drop(x: Tensor, layer: nn.Module | None) -> Tensor:
 def project_residual(
     x: Tensor,
     y: Tensor,
-    linear: nn.Linear,
+    layer: nn.Linear,
     last: nn.Module | None,
     gate: Tensor | None = None,
     packing: Packing | None = None,
 ) -> Tensor:
-    """``x + gate * last(linear(y))``, with a gate ``[B, C]`` or without, and a dropout or None last.
+    """``x + gate * last(layer(y))``, with a gate ``[B, C]`` or without, and a dropout or None last.
 
     A gate of packed x needs the packing.
     """
-    plain(linear)
+    plain(layer)
     if packing is None and not active(last):
-        return projection(y, [linear.weight], [linear.bias], residual=x, gate=gate)
-    return x + scaled(drop(projection(y, [linear.weight], [linear.bias]), last), gate, packing)
+        return projection(y, [layer.weight], [layer.bias], residual=x, gate=gate)
+    return saturated(x + scaled(drop(projection(y, [layer.weight], [layer.bias]), last), gate, packing))
 
 
 def is_one_op(attention: nn.Module, feed_forward: nn.Module, draws: bool) -> bool:
@@ -169,7 +201,8 @@ def feed_forward_residual(
         if drops:
             h = drop(ACTIVATIONS[activation](projection(y, [inner.weight], [inner.bias], norm=rest)), first)
             return project_residual(x, h, outer, last, gate, packing)
-        return x + scaled(feed_forward(y, *parameters, activation=activation, norm=rest, residual=False), gate, packing)
+        y = feed_forward(y, *parameters, activation=activation, norm=rest, residual=False)
+        return saturated(x + scaled(y, gate, packing))
 
     if keep_hidden or not records(inner, x):
         return in_parts(x)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from fastflow import checks
 from fastflow.backend import current_backend
 from fastflow.ops.conv_block import PADDINGS, Padding
+from fastflow.ops.half import saturated
 from fastflow.ops.norm import Norm
 
 LARGEST_SHARE = 0.9  # of the padded batch that the rows fill, up to which packing gains more than its copies cost
@@ -119,7 +120,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx, x, rows, packing):  # type: ignore[no-untyped-def]
         ctx.packing = packing
         ctx.save_for_backward(x, rows)
-        return x * _spread(rows, packing)
+        return saturated(x * _spread(rows, packing))
 
     @staticmethod
     @once_differentiable
@@ -134,7 +135,7 @@ def scaled(x: Tensor, rows: Tensor | None, packing: Packing | None) -> Tensor:
     """Each frame times the vector of its row, ``[B, C]``; x where that is None."""
     if rows is None:
         return x
-    return rows[:, None] * x if packing is None else _Scale.apply(x, rows, packing)
+    return saturated(rows[:, None] * x) if packing is None else _Scale.apply(x, rows, packing)
 
 
 def normalised(x: Tensor, norm: Norm | None, packing: Packing | None) -> tuple[Tensor, Norm | None]:
@@ -146,4 +147,4 @@ def normalised(x: Tensor, norm: Norm | None, packing: Packing | None) -> tuple[T
     if packing is None or norm is None or norm.scale is None or norm.shift is None:
         return x, norm
     x = F.layer_norm(x, x.shape[-1:], eps=norm.eps)
-    return scaled(x, norm.scale, packing) + _spread(norm.shift, packing), None
+    return saturated(scaled(x, norm.scale, packing) + _spread(norm.shift, packing)), None

@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.layers import (
+    Conv1d,
+    ConvTranspose1d,
+    Linear,
     active,
     attend_self,
     feed_forward_residual,
@@ -45,8 +48,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(width, hidden)
-        self.linear_2 = nn.Linear(hidden, hidden)
+        self.linear_1 = Linear(width, hidden)
+        self.linear_2 = Linear(hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -57,7 +60,7 @@ def conv(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.transpose(1, 2)).transpose(1, 2)
 
 
-class CausalConv1d(nn.Conv1d):
+class CausalConv1d(Conv1d):
     """A convolution of kernel 3 that sees the present and the two frames before it."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class ResnetBlock1D(Block):
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int, causal: bool) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Mish(), nn.Linear(time_emb_dim, dim_out))
+        self.mlp = nn.Sequential(nn.Mish(), Linear(time_emb_dim, dim_out))
         self.block1 = Block1D(dim, dim_out, causal)
         self.block2 = Block1D(dim_out, dim_out, causal)
         self.res_conv = nn.Conv1d(dim, dim_out, 1)
@@ -286,16 +289,16 @@ class ConditionalDecoder(Recomputing, Padded):
             return Stage([resnet, nn.ModuleList(blocks), *resample])
 
         def same(dim: int) -> nn.Module:
-            return CausalConv1d(dim, dim, 3) if self.causal else nn.Conv1d(dim, dim, 3, padding=1)
+            return CausalConv1d(dim, dim, 3) if self.causal else Conv1d(dim, dim, 3, padding=1)
 
         last = len(channels) - 1
         down, up = [], []
         for i, (dim, dim_out) in enumerate(zip((in_channels, *channels), channels, strict=False)):
-            resample = same(dim_out) if i == last else Resample(nn.Conv1d(dim_out, dim_out, 3, stride=2, padding=1))
+            resample = same(dim_out) if i == last else Resample(Conv1d(dim_out, dim_out, 3, stride=2, padding=1))
             down.append(stage(dim, dim_out, resample))
         mirrored = channels[::-1]
         for j, (dim, dim_out) in enumerate(zip(mirrored, (*mirrored[1:], channels[0]), strict=True)):
-            transposed = Resample(nn.ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1))
+            transposed = Resample(ConvTranspose1d(dim_out, dim_out, 4, stride=2, padding=1))
             up.append(stage(2 * dim, dim_out, same(dim_out) if j == last else transposed))
         self.down_blocks = nn.ModuleList(down)
         self.mid_blocks = nn.ModuleList(stage(channels[-1], channels[-1]) for _ in range(num_mid_blocks))

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
 from fastflow.ops.dropout import threshold_as_int32
 
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
@@ -117,7 +118,7 @@ def _store(ptr, x, row, h, heads, frames, t, HEAD_DIM: tl.constexpr, BLOCK_D: tl
 def _add_bias(q, bias_ptr, h, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     bias = tl.load(bias_ptr + h * HEAD_DIM + d, mask=d < HEAD_DIM, other=0.0).to(tl.float32)
-    return _apart((q.to(tl.float32) + bias[None, :]).to(q.dtype))
+    return _apart(saturated(q.to(tl.float32) + bias[None, :], q.dtype).to(q.dtype))
 
 
 @triton.jit
@@ -305,6 +306,7 @@ def attention_forward_kernel(
         top = new_top
 
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
+    out = saturated(out, out_ptr.dtype.element_ty)
     _store(out_ptr, out, row, h, heads, queries, i, HEAD_DIM, BLOCK_D)
     tl.store(lse_ptr + row_and_head.to(tl.int64) * queries + i, top + tl.log2(total), mask=i < queries)
 

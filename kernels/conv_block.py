@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
 from fastflow.ops.conv_block import TAPS, gradient_shapes
 
 # The interpreter multiplies bfloat16 as if its bits were integers; in float32 the products are those of tensor cores.
@@ -133,6 +134,7 @@ def _store_activated(out_ptr, z, time_ptr, row, t, c, length, end, frames, width
     out = tl.where((t < length)[:, None], _mish(z), 0.0)
     if time_ptr is not None:
         out += _vector(time_ptr + row * width, c, end)
+    out = saturated(out, out_ptr.dtype.element_ty)
     _store(out_ptr, out, row, t, c, frames, end, frames, width)
 
 
@@ -198,7 +200,7 @@ def conv_block_convolve_kernel(
 
     inside = (t < wanted)[:, None]
     if not BACKWARD:
-        product += _vector(bias_ptr, o, width)
+        product = saturated(product + _vector(bias_ptr, o, width), out_ptr.dtype.element_ty)
     product = tl.where(inside, product, 0.0)
     _store(out_ptr, product, row, t, o, frames, width, frames, width)
     if moments_ptr is not None:  # of y as it was stored

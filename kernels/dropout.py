@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
 from fastflow.ops.dropout import threshold_as_int32
 
 CONFIG = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}  # for every dtype and architecture
@@ -23,6 +24,7 @@ def dropout_kernel(out_ptr, x_ptr, seed_ptr, count, threshold, scale: tl.float64
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     x = tl.load(x_ptr + n, mask=n < count).to(wide)
     out = x * tl.where(kept, tl.full((), scale, wide), tl.full((), 0.0, wide))
+    out = saturated(out, out_ptr.dtype.element_ty)
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < count)
 
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
+
 CONFIG = {"BLOCK": 512, "num_warps": 4, "enable_fp_fusion": False}  # for every dtype and architecture
 
 
@@ -49,7 +51,7 @@ def euler_step_kernel(
     if after_ptr is not None:
         tl.store(after_ptr + n, after, mask=inside)
     count = batch.to(tl.int64) * frames * channels
-    after = after.to(doubled_ptr.dtype.element_ty)
+    after = saturated(after, doubled_ptr.dtype.element_ty).to(doubled_ptr.dtype.element_ty)
     tl.store(doubled_ptr + n, after, mask=inside)
     tl.store(doubled_ptr + count + n, after, mask=inside)
 

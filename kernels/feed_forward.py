@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
+
 # By bytes of an element; BLOCK elements to a program.
 FORWARD = {
     2: {"BLOCK": 2048, "num_warps": 4, "enable_fp_fusion": True},
@@ -43,10 +45,16 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _hidden(hidden_ptr, n, count, wide: tl.constexpr):
+    """What goes into the activation; cuBLAS's product may be infinite."""
+    return saturated(tl.load(hidden_ptr + n, mask=n < count, other=0.0).to(wide), hidden_ptr.dtype.element_ty)
+
+
+@triton.jit
 def activation_forward_kernel(out_ptr, hidden_ptr, count, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     wide: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value, _ = _activate(tl.load(hidden_ptr + n, mask=n < count, other=0.0).to(wide), ACTIVATION)
+    value, _ = _activate(_hidden(hidden_ptr, n, count, wide), ACTIVATION)
     tl.store(out_ptr + n, value.to(out_ptr.dtype.element_ty), mask=n < count)
 
 
@@ -56,7 +64,7 @@ def activation_backward_kernel(
 ):
     wide: tl.constexpr = tl.float64 if hidden_ptr.dtype.element_ty == tl.float64 else tl.float32
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    value, slope = _activate(tl.load(hidden_ptr + n, mask=n < count, other=0.0).to(wide), ACTIVATION)
+    value, slope = _activate(_hidden(hidden_ptr, n, count, wide), ACTIVATION)
     grad = tl.load(grad_ptr + n, mask=n < count, other=0.0).to(wide)
     tl.store(activated_ptr + n, value.to(activated_ptr.dtype.element_ty), mask=n < count)
     tl.store(grad_hidden_ptr + n, (grad * slope).to(grad_hidden_ptr.dtype.element_ty), mask=n < count)

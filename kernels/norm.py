@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
 from fastflow.ops.norm import CHUNK
 
 # By the largest number of channels they are for: frames of a tile, and num_warps, which float64 gets twice.
@@ -64,6 +65,7 @@ def norm_forward_kernel(
     out += _vector(shift_ptr, row, stride_shift, c, channels, 0.0, wide)
 
     frame = row * frames + t
+    out = saturated(out, out_ptr.dtype.element_ty)
     tl.store(out_ptr + frame[:, None] * channels + c[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)
     tl.store(stats_ptr + frame, mean, mask=t < frames)
     tl.store(stats_ptr + batch.to(tl.int64) * frames + frame, rstd, mask=t < frames)
@@ -112,7 +114,8 @@ def norm_backward_kernel(
         xhat = tl.where(inside, (x - mean[:, None]) * rstd, 0.0)
         scale_sums += grad * xhat
         shift_sums += grad
-        tl.store(normalised_ptr + offset, (xhat * scale + shift).to(normalised_ptr.dtype.element_ty), mask=inside)
+        normalised = saturated(xhat * scale + shift, normalised_ptr.dtype.element_ty)
+        tl.store(normalised_ptr + offset, normalised.to(normalised_ptr.dtype.element_ty), mask=inside)
 
         g = grad * scale
         constant = tl.sum(g, 1) / channels

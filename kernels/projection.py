@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastflow.kernels.half import saturated
+
 # Tile of frames x channels.
 RESIDUAL = {"BLOCK_T": 16, "BLOCK_C": 128, "num_warps": 4, "enable_fp_fusion": True}
 # num_warps by the largest number of input channels, all of which a program of gate_backward holds.
@@ -38,11 +40,12 @@ def gated_residual_kernel(
     inside = (t < frames)[:, None] & (c < channels)[None, :]
 
     offset = (row * frames + t)[:, None] * channels + c[None, :]
-    y = tl.load(y_ptr + offset, mask=inside, other=0.0).to(wide)
+    y = saturated(tl.load(y_ptr + offset, mask=inside, other=0.0).to(wide), y_ptr.dtype.element_ty)
     if gate_ptr is not None:
         y *= tl.load(gate_ptr + row * stride_gate + c, mask=c < channels, other=0.0).to(wide)[None, :]
     pointers = residual_ptr + row * stride_rb + t[:, None] * stride_rt + c.to(tl.int64)[None, :] * stride_rc
     y += tl.load(pointers, mask=inside, other=0.0).to(wide)
+    y = saturated(y, out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 

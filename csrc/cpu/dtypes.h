@@ -59,6 +59,8 @@ inline void narrow(float x, BFloat16& out) {
   out.bits = static_cast<uint16_t>(is_nan ? 0x7fc0 : rounded);
 }
 
+// What lies beyond the range, infinity too, becomes +-65504, and NaN stays NaN: see fastflow/ops/half.py.  A gradient
+// that must overflow to infinity is stored as float and rounded by torch.
 inline void narrow(float x, Half& out) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, x);
   const uint32_t sign = (bits >> 16) & 0x8000;
@@ -68,7 +70,7 @@ inline void narrow(float x, Half& out) {
   const float shifted = __builtin_bit_cast(float, magnitude) + 0.5f;
   const uint32_t subnormal = __builtin_bit_cast(uint32_t, shifted) - 0x3f000000;
   const uint32_t finite = select(magnitude < 0x38800000, subnormal, normal);
-  const uint32_t special = select(magnitude > 0x7f800000, 0x7e00, 0x7c00);
+  const uint32_t special = select(magnitude > 0x7f800000, 0x7e00, 0x7bff);
   out.bits = static_cast<uint16_t>(select(magnitude < 0x477ff000, finite, special) | sign);
 }
 

@@ -12,8 +12,8 @@ __global__ void __launch_bounds__(kThreads)
   if (n >= elements) return;
   auto x = load<T, count>(hidden, n);
 #pragma unroll
-  for (int i = 0; i < count; ++i) x[i] = activate(activation, x[i]).value;
-  store<T, count>(x, out, n);
+  for (int i = 0; i < count; ++i) x[i] = activate(activation, saturated<T>(x[i])).value;  // x is cuBLAS's
+  store_saturated<T, count>(x, out, n);
 }
 
 template <typename T, int count>
@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const ActivationBack
   auto x = load<T, count>(args.pre_activation, n), grad = load<T, count>(args.grad, n);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const auto result = activate(args.activation, x[i]);
+    const auto result = activate(args.activation, saturated<T>(x[i]));
     x[i] = result.value;
     grad[i] *= result.derivative;
   }
-  store<T, count>(x, args.activated, n);
+  store_saturated<T, count>(x, args.activated, n);
   store<T, count>(grad, args.grad_pre_activation, n);
 }
 

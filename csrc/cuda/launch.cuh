@@ -33,6 +33,16 @@ __device__ inline void narrow(double x, double& out) { out = x; }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
+// A result of the forward pass within the range of T, if that is float16; NaN stays NaN.  See fastflow/ops/half.py.
+template <typename T>
+__device__ inline Wide<T> saturated(Wide<T> x) {
+  return x;
+}
+template <>
+__device__ inline float saturated<__half>(float x) {
+  return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+}
+
 // Call visit with a value of the CUDA type of `dtype`.
 template <typename Visit>
 void with_dtype(Dtype dtype, const Visit& visit) {

@@ -44,6 +44,13 @@ __device__ void store(const Pack<T, count>& pack, void* data, int64_t offset) {
   *reinterpret_cast<Packed<T, count>*>(static_cast<T*>(data) + offset) = packed;
 }
 
+template <typename T, int count>
+__device__ void store_saturated(Pack<T, count> pack, void* data, int64_t offset) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) pack[i] = saturated<T>(pack[i]);
+  store<T, count>(pack, data, offset);
+}
+
 // Channels from c on of row b, or `otherwise` if there are no vectors.
 template <typename T, int count>
 __device__ Pack<T, count> load(const Vectors& x, int64_t b, int64_t c, Wide<T> otherwise) {

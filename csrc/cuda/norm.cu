@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const NormForwardArgs
     const auto scale = load<T, count>(args.scale, b, c, 1), shift = load<T, count>(args.shift, b, c, 0);
 #pragma unroll
     for (int i = 0; i < count; ++i) x[i] = (x[i] - mean) * rstd * scale[i] + shift[i];
-    store<T, count>(x, args.out, frame * channels + c);
+    store_saturated<T, count>(x, args.out, frame * channels + c);
   });
   if (lane == 0) {
     static_cast<Real*>(args.stats)[frame] = mean;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const NormBackwardAr
         x[i] = xhat * scale[i] + shift[i];
       }
       store<T, count>(grad, args.grad_x, offset);
-      store<T, count>(x, args.normalised, offset);
+      store_saturated<T, count>(x, args.normalised, offset);
     });
   }
 

@@ -17,8 +17,8 @@ __global__ void __launch_bounds__(kThreads) residual_kernel(const GatedResidualA
     const auto residual = load<T, count>(args.residual.data, begin + c * args.residual.channel_stride);
     const auto gate = load<T, count>(args.gate, b, c, 1);
 #pragma unroll
-    for (int i = 0; i < count; ++i) y[i] = residual[i] + gate[i] * y[i];
-    store<T, count>(y, args.out, offset);
+    for (int i = 0; i < count; ++i) y[i] = residual[i] + gate[i] * saturated<T>(y[i]);  // y is cuBLAS's
+    store_saturated<T, count>(y, args.out, offset);
   });
 }
 

@@ -36,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.dropout import draw_seed, dropout_mask
+from fastflow.ops.half import fitted, saturated, widened
 from fastflow.ops.registry import define, kernel, op
 
 HEAD_DIMS = range(8, 257, 8)
@@ -190,13 +191,13 @@ def attention_ref(
         mask = None if lengths is None and chunk_size == 0 else visible
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if rel_pos is None:
-        scores = q @ k.transpose(2, 3)
+        scores = saturated(q @ k.transpose(2, 3))
     else:
         position, bias_u, bias_v = rel_pos
-        scores = (q + bias_u[:, None]) @ k.transpose(2, 3)
-        relative = (q + bias_v[:, None]) @ position.transpose(1, 2)
-        scores = scores + rel_shift(relative, queries, keys, key_offset)
-    scores = (scores * scale).masked_fill(~visible, float("-inf"))
+        scores = saturated(saturated(q + bias_u[:, None]) @ k.transpose(2, 3))
+        relative = saturated(saturated(q + bias_v[:, None]) @ position.transpose(1, 2))
+        scores = saturated(scores + rel_shift(relative, queries, keys, key_offset))
+    scores = saturated(scores * scale).masked_fill(~visible, float("-inf"))
     # The softmax of a query without any key would be 0 / 0: it sees zeros there, and its result is replaced.
     empty = ~visible.any(-1, keepdim=True)
     probabilities = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(~visible, 0.0)
@@ -205,7 +206,7 @@ def attention_ref(
     elif dropout_p and seed is not None:
         keep = dropout_mask(seed, q.shape[0], q.shape[1], queries, keys, dropout_p)
         probabilities = probabilities * keep / (1 - dropout_p)
-    return probabilities @ v
+    return saturated(probabilities @ v)
 
 
 def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -218,7 +219,8 @@ def rotate_first_head(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = qkv[:, :, :2, 0].to(wide).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None], sin[:, None]
     rotated = qkv.clone()
-    rotated[:, :, :2, 0] = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    rotated[:, :, :2, 0] = fitted(turned, qkv.dtype)
     return rotated
 
 
@@ -297,8 +299,11 @@ for _name, _schema in _SELF_SCHEMAS.items():
 def _gradients(ctx, grad, out, lse, tensors, lengths, last):  # type: ignore[no-untyped-def]
     """Of ``tensors``, as many."""
     backward = op(_NAMES[len(tensors)] + "_backward", ctx.backend)
-    grads = backward(grad, out, lse, *tensors, lengths, *ctx.rule, last)
-    return (grads,) if len(tensors) == 1 else grads
+    given = grad, out, lse, *tensors
+    if ctx.backend == "cpu":
+        given = map(widened, given)
+    grads = backward(*given, lengths, *ctx.rule, last)
+    return tuple(g.to(t.dtype) for g, t in zip((grads,) if len(tensors) == 1 else grads, tensors, strict=True))
 
 
 class AttentionFunction(torch.autograd.Function):

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.attention import length_mask
+from fastflow.ops.half import fitted, saturated, widened
 from fastflow.ops.registry import define, kernel, op
 
 TAPS = 3
@@ -50,7 +51,7 @@ def _exact_group_norm(y: Tensor, keep: Tensor, weight: Tensor, bias: Tensor, gro
     centred = (wide - mean) * keep
     variance = centred.square().sum((2, 3), keepdim=True) / count
     normal = (centred * (variance + eps).rsqrt()).flatten(1, 2).to(y.dtype)
-    return normal * weight[:, None] + bias[:, None]
+    return saturated(normal * weight[:, None]) + bias[:, None]
 
 
 def conv_block_ref(
@@ -77,17 +78,18 @@ def conv_block_ref(
         if keep is not None:
             x = x.masked_fill(~keep, 0.0)
         y = F.conv1d(F.pad(x, (TAPS - 1, 0)) if causal else x, weight, bias, padding=0 if causal else TAPS // 2)
+        y = saturated(y)
         if not groups:
             y = F.layer_norm(y.transpose(1, 2), y.shape[1:2], norm_weight, norm_bias, eps).transpose(1, 2)
         elif padding == "exact" and keep is not None:
             y = _exact_group_norm(y, keep, norm_weight, norm_bias, groups, eps)
         else:
             y = torch.group_norm(y, groups, norm_weight, norm_bias, eps)
-        y = F.mish(y)
+        y = F.mish(saturated(y))
         if keep is not None:
             y = y.masked_fill(~keep, 0.0)
     out = y.transpose(1, 2)[:, :frames]
-    return out if time_bias is None else out + time_bias[:, None]
+    return out if time_bias is None else saturated(out + time_bias[:, None])
 
 
 # ------------------------------------------------------------------------------------------------ fused
@@ -215,11 +217,14 @@ class ConvBlockFunction(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         wanted = sum(needed << n for n, needed in enumerate(ctx.needs_input_grad[:6]))
         *products, x, weight, bias, norm_weight, norm_bias, lengths = ctx.saved_tensors
-        given = (x, weight, bias, norm_weight, norm_bias, lengths)
+        given = (x, weight, bias, norm_weight, norm_bias)
         if not ctx.keep:
-            _, *products = op("conv_block", ctx.backend)(*given, None, *ctx.rule, True)
-        grads = op("conv_block_backward", ctx.backend)(grad, *products, *given, *ctx.rule, wanted)
-        return *(g if wanted >> n & 1 else None for n, g in enumerate(grads)), *[None] * 4
+            _, *products = op("conv_block", ctx.backend)(*given, lengths, None, *ctx.rule, True)
+        given = (grad, *products, *given)
+        if ctx.backend == "cpu":
+            given = map(widened, given)
+        grads = op("conv_block_backward", ctx.backend)(*given, lengths, *ctx.rule, wanted)
+        return *(g.to(x.dtype) if wanted >> n & 1 else None for n, g in enumerate(grads)), *[None] * 4
 
 
 # ------------------------------------------------------------------------------------------------ public
@@ -295,7 +300,7 @@ def conv_block(
         tensors["time_bias"] = time_bias
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, tensors = x.to(dtype), {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        x, tensors = fitted(x, dtype).to(dtype), {name: tensor.to(dtype) for name, tensor in tensors.items()}
     _check(x, tensors, lengths, groups, padding)
     chosen = _backend.select("conv_block", x, DTYPES, backend)
     time_bias = tensors.pop("time_bias", None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
+from fastflow.ops.half import fitted, saturated, widened
 from fastflow.ops.registry import define, kernel, op
 
 DTYPES = {"cpu": _backend.FLOATS, "triton": _backend.FLOATS}
@@ -66,10 +67,10 @@ def _multiply(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 def dropout_ref(x: Tensor, p: float, *, seed: Tensor | None = None) -> Tensor:
     """The same as :func:`dropout` in plain PyTorch; without a seed, torch's own dropout with its own draws."""
     if seed is None:
-        return F.dropout(x, p)
+        return saturated(F.dropout(x, p))
     wide = torch.promote_types(x.dtype, torch.float32)
     kept = dropout_mask(seed, 1, 1, 1, x.numel(), p).view(x.shape)
-    return (x.to(wide) * (kept.to(wide) / (1 - p))).to(x.dtype)
+    return fitted(x.to(wide) * (kept.to(wide) / (1 - p)), x.dtype).to(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ fused
@@ -91,7 +92,8 @@ class DropoutFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        return op("dropout", ctx.backend)(grad, ctx.p, *ctx.saved_tensors), None, None, None
+        grad_x = op("dropout", ctx.backend)(widened(grad), ctx.p, *ctx.saved_tensors)
+        return grad_x.to(grad.dtype), None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ public

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastflow import backend as _backend
+from fastflow.ops.half import fitted, saturated
 from fastflow.ops.registry import define, kernel, op
 
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
@@ -31,8 +32,9 @@ define("euler_step", _SCHEMA, _fake, kernel("euler_step", "euler_step"))
 def euler_step_ref(x: Tensor, velocity: Tensor, dt: Tensor, rate: float) -> tuple[Tensor, Tensor]:
     """The same as :func:`euler_step` in plain PyTorch."""
     conditional, unconditional = velocity.to(x.dtype).chunk(2)
-    x = x + dt * ((1.0 + rate) * conditional - rate * unconditional)
-    return x.contiguous(), x.to(velocity.dtype).repeat(2, 1, 1)
+    guided = saturated(saturated((1.0 + rate) * conditional) - saturated(rate * unconditional))
+    x = saturated(x + dt * guided)
+    return x.contiguous(), fitted(x, velocity.dtype).to(velocity.dtype).repeat(2, 1, 1)
 
 
 def _check(x: Tensor, velocity: Tensor, dt: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
+from fastflow.ops.half import fitted, linear, saturated_
 from fastflow.ops.norm import (
     Norm,
     NormBackward,
@@ -67,8 +68,8 @@ def feed_forward_ref(
     residual: bool = True,
 ) -> Tensor:
     """The same as :func:`feed_forward` in plain PyTorch."""
-    hidden = ACTIVATIONS[activation](F.linear(norm_ref(x, norm), w1, b1))
-    return gated(x if residual else None, gate, F.linear(hidden, w2, b2))
+    hidden = ACTIVATIONS[activation](linear(norm_ref(x, norm), w1, b1))
+    return gated(x if residual else None, gate, linear(hidden, w2, b2))
 
 
 # ------------------------------------------------------------------------------------------------ fused
@@ -102,8 +103,7 @@ def on_gpu(  # type: ignore[no-untyped-def]
     hidden = linear_on_gpu(y, w1, b1, *x.shape[:2])
     y = gpu_pass("activation_forward", backend)(hidden, activation)
     y = linear_on_gpu(y.flatten(0, 1), w2, b2, *x.shape[:2])
-    if residual:
-        y = gpu_pass("gated_residual", backend)(y, x, gate)
+    y = gpu_pass("gated_residual", backend)(y, x, gate) if residual else saturated_(y)
     return y, stats, hidden if save_hidden else x.new_empty(0, x.shape[1], w1.shape[0])
 
 
@@ -292,7 +292,7 @@ def feed_forward(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        normal = norm_ref(x, norm).to(dtype)  # autocast normalises in float32
+        normal = fitted(norm_ref(x, norm), dtype).to(dtype)  # autocast normalises in float32
         with torch.autocast(x.device.type, enabled=False):
             y = feed_forward(
                 normal, w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
+from fastflow.ops.half import widened
 from fastflow.ops.registry import define, kernel, op
 
 MAX_SEGMENTS = 4  # prompt, head, middle, tail
@@ -65,7 +66,9 @@ class InterpolateFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (rows,) = ctx.saved_tensors
-        return op("interpolate_backward", ctx.backend)(grad, rows, *ctx.rest), None, None, None, None, None
+        given = widened(grad) if ctx.backend == "cpu" else grad
+        grad_x = op("interpolate_backward", ctx.backend)(given, rows, *ctx.rest)
+        return grad_x.to(grad.dtype), None, None, None, None, None
 
 
 def _source(src_len: Tensor, dst_len: Tensor, j: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

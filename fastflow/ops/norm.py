@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.backend import FLOATS
+from fastflow.ops.half import saturated
 from fastflow.ops.registry import define, kernel, op
 
 
@@ -28,19 +29,19 @@ def norm_ref(x: Tensor, norm: Norm | None) -> Tensor:
         return x
     scale, shift, eps = norm
     if all(p is None or p.dim() == 1 for p in (scale, shift)):
-        return F.layer_norm(x, x.shape[-1:], scale, shift, eps)
+        return saturated(F.layer_norm(x, x.shape[-1:], scale, shift, eps))
     x = F.layer_norm(x, x.shape[-1:], eps=eps)
     if scale is not None:
-        x = x * (scale[:, None] if scale.dim() == 2 else scale)
+        x = saturated(x * (scale[:, None] if scale.dim() == 2 else scale))
     if shift is not None:
-        x = x + (shift[:, None] if shift.dim() == 2 else shift)
+        x = saturated(x + (shift[:, None] if shift.dim() == 2 else shift))
     return x
 
 
 def gated(x: Tensor | None, gate: Tensor | None, y: Tensor) -> Tensor:
     """``x + gate[:, None] * y``, without what is None."""
-    y = y if gate is None else gate[:, None] * y
-    return y if x is None else x + y
+    y = y if gate is None else saturated(gate[:, None] * y)
+    return y if x is None else saturated(x + y)
 
 
 # ------------------------------------------------------------------------------------------------ checks

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
+from fastflow.ops.half import fitted, linear, saturated_
 from fastflow.ops.norm import (
     Norm,
     NormBackward,
@@ -47,7 +47,7 @@ def projection_ref(
 ) -> Tensor:
     """The same as :func:`projection` in plain PyTorch."""
     x = norm_ref(x, norm)
-    parts = [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    parts = [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
     return gated(residual, gate, parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
 
@@ -110,7 +110,7 @@ def on_gpu(  # type: ignore[no-untyped-def]
     """The op as a product of cuBLAS's between a pass before it and one after it."""
     y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
     y = linear_on_gpu(y, _joined(weights), _joined_biases(biases, weights), *x.shape[:2])
-    return (y if residual is None else gpu_pass("gated_residual", backend)(y, residual, gate)), stats
+    return (saturated_(y) if residual is None else gpu_pass("gated_residual", backend)(y, residual, gate)), stats
 
 
 define(
@@ -343,7 +343,7 @@ def projection(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x = norm_ref(x, norm).to(dtype)  # autocast normalises in float32
+        x = fitted(norm_ref(x, norm), dtype).to(dtype)  # autocast normalises in float32
         with torch.autocast(x.device.type, enabled=False):
             y = projection(x, [w.to(dtype) for w in weights], [cast(b, dtype) for b in biases], backend=backend)
             return gated(residual, gate, y)

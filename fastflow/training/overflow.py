@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastflow.ops.half import HALF_MAX, computes_half
 from fastflow.training.parts import parts, unwrapped
-
-HALF_MAX = torch.finfo(torch.float16).max  # 65504
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class Activation:
     Attributes:
         name: qualified name of the module.
         input, output: largest absolute value of its first floating-point input and of its output; NaN if they hold one,
-            and if there is no such input.
+            and if there is no such input.  Infinite from 65504 on where the flow computes in float16, whose results
+            beyond become 65504 (:mod:`fastflow.ops.half`).
     """
 
     name: str
@@ -31,9 +31,9 @@ class OverflowMonitor:
     """Record the largest activation of every block while the ``with`` block runs.
 
     Forward hooks, in place only inside the ``with`` block: two reductions per module, and one read from the device when
-    a figure is asked for.  In float32 it says how far the flow is from float16's 65504; under float16 autocast which
-    block is the first whose output is not finite.  Modules whose arithmetic is part of a fused op have no output of
-    their own and do not appear.  Padded frames count: they go through the same arithmetic.
+    a figure is asked for.  In float32 it says how far the flow is from float16's 65504; in float16 or its autocast
+    which block is the first whose output reaches it, and so is infinite here.  Modules whose arithmetic is part of a
+    fused op have no output of their own and do not appear.  Padded frames count: they go through the same arithmetic.
 
     Example::
 
@@ -71,7 +71,10 @@ class OverflowMonitor:
             if made is not None:
                 self._names.append(name)
                 before = made.new_full((), math.nan, dtype=torch.float32) if given is None else _largest(given)
-                self._figures.append(torch.stack([before, _largest(made)]))
+                figures = torch.stack([before, _largest(made)])
+                self._figures.append(
+                    figures.masked_fill(figures >= HALF_MAX, math.inf) if computes_half(made) else figures
+                )
 
         return record
 
@@ -84,7 +87,7 @@ class OverflowMonitor:
         return [Activation(name, *row) for name, row in zip(self._names, rows, strict=True)]
 
     def first_nonfinite(self) -> str | None:
-        """The innermost module whose output was the first to hold NaN or infinity; None if all are finite."""
+        """The innermost module whose output was the first to hold NaN, infinity or, in float16, 65504; None if none."""
         for a in self.activations:
             if not math.isfinite(a.output):
                 return a.name
