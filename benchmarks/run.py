@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from jobs import PROVIDERS
 from machine import describe
-from plot import plot
+from plot import draw
 from registry import CASES, Case
-from runner import FULL, QUICK, matmul_rate, run_case
+from runner import FULL, QUICK, copy_rate, matmul_rate, run_case
 
 DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("auto", "cuda", "triton", "cosyvoice")}
 
@@ -162,6 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "quick": args.quick,
         "matmul_gflops": matmul_rate(device) / 1e9,
+        "copy_gbytes": copy_rate(device) / 1e9,
         "cases": [],
         "not_run": [],
     }
@@ -170,8 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(result, args.out)
         print(f"wrote {args.out}")
         if not args.no_plot:
-            plot(result, args.out.with_suffix(".png"))
-            print(f"wrote {args.out.with_suffix('.png')}")
+            for path in draw(result, args.out):
+                print(f"wrote {path}")
     bad = [
         f"{case['name']} {name} {numbers['status']}: {numbers['reason']}"
         for case in result["cases"]

@@ -56,6 +56,14 @@ def matmul_rate(device: torch.device) -> float:
     return 2 * size**3 / min(times[1:])
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a copy of 256 MiB reads and writes: the best of ten."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    times = [_time(lambda: {"target": target.copy_(source)}, 1, device) for _ in range(11)]
+    return 2 * source.numel() * source.element_size() / min(times[1:])
+
+
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median and the 20th and 80th percentile."""
     cuts = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [samples[0]] * 4
@@ -103,16 +111,22 @@ def gate(job: Job, steps: dict[str, Step], outcome: dict[str, dict[str, Any]], d
 
 
 def count(job: Job, step: Step, compiled: bool, device: torch.device) -> dict[str, int | None]:
-    """Compute ops, host syncs, FLOPs and saved bytes of one step; ops inside compiled code cannot be counted."""
+    """Compute ops, what they move, host syncs, FLOPs and saved bytes of one step; compiled code cannot be counted."""
     seed(0)
     with SavedTensors(job.given) as saved:
         step()
-    numbers: dict[str, int | None] = {"saved_bytes": saved.bytes, "ops": None, "syncs": None, "flops": None}
+    numbers: dict[str, int | None] = {
+        "saved_bytes": saved.bytes,
+        "ops": None,
+        "syncs": None,
+        "flops": None,
+        "bytes": None,
+    }
     if not compiled:
         seed(0)
         with Counts() as counts:
             step()
-        numbers |= {"ops": counts.ops.total(), "syncs": counts.syncs.total(), "flops": counts.flops.total()}
+        numbers |= {name: getattr(counts, name).total() for name in ("ops", "syncs", "flops", "bytes")}
     if device.type == "cuda":
         seed(0)
         numbers["cuda_syncs"] = count_cuda_syncs(step)

@@ -183,7 +183,10 @@ def test_the_quick_run_writes_valid_json_and_a_picture(tmp_path):
     assert reference["ops"] > 500
     assert reference["saved_bytes"] > 2**20
     assert 0 < reference["matmul_share"] < 1
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert reference["bytes"] > reference["saved_bytes"]
+    for picture in ("quick.png", "quick-roofline.png"):
+        assert (out.parent / picture).read_bytes().startswith(b"\x89PNG")
+        assert picture in process.stdout
     assert "tiny-v1/train-2x60" in process.stdout
 
 

@@ -226,3 +226,11 @@ def test_count_cuda_syncs_counts_a_planted_sync():
     x = torch.ones(3, device="cuda")
     assert count_cuda_syncs(lambda: x + 1) == 0
     assert count_cuda_syncs(lambda: [x.sum().item(), x.sum().item()]) == 2
+
+
+def test_bytes_are_those_of_the_tensors_that_an_operator_reads_and_writes():
+    a, b = torch.randn(3, 5), torch.randn(5, 7, dtype=torch.float64).float()
+    with Counts() as counts:
+        product = a @ b
+        product.t().add_(product.t())
+    assert counts.bytes == {"aten::mm": 4 * (15 + 35 + 21), "aten::add_": 4 * 2 * 21}

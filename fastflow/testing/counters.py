@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 import fastflow.ops  # noqa: F401  (defines the ops counted below)
@@ -179,6 +180,9 @@ class Counts(TorchDispatchMode):
     another device to the CPU, and tolist(), numpy() called from Python.  It works without a GPU, where the same calls
     do not wait.  Synchronisations inside a kernel are invisible here; :func:`count_cuda_syncs` sees those on a GPU.
 
+    ``bytes`` counts, by name, the bytes of the tensors that these operators read and write, each once per operator:
+    what they move at least if no cache keeps anything from one operator to the next.
+
     ``flops`` counts the floating point operations of matrix products, convolutions and attention (two per
     multiply-add), by the formulas registered with :func:`torch.utils.flop_counter.register_flop_formula`.
 
@@ -197,6 +201,7 @@ class Counts(TorchDispatchMode):
         self.ops: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
         self.flops: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
         self._where = where
         self._host_calls = _HostCalls(self.syncs)
 
@@ -221,6 +226,10 @@ class Counts(TorchDispatchMode):
         name = func.name().split(".")[0]
         if not func.is_view and name not in _NO_COMPUTE:
             self.ops[name] += 1
+            tensors = {
+                id(x): x.numel() * x.element_size() for x in tree_iter((args, kwargs, out)) if isinstance(x, Tensor)
+            }
+            self.bytes[name] += sum(tensors.values())
         if name in _SYNCS or _indexes_with_mask(name, args) or _copies_to_host(name, args, out):
             self.syncs[name] += 1
         if formula is not None:
