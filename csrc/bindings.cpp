@@ -704,18 +704,18 @@ Tensor transformer_block_cpu(const Tensor& x, std::vector<Tensor> weights, std::
                              std::vector<OptionalTensor> gates, int64_t heads, int64_t activation,
                              OptionalTensor lengths, std::optional<std::vector<int64_t>> sizes, int64_t chunk_size,
                              double scale, OptionalTensor rotary, std::vector<OptionalTensor> packed) {
-  STD_TORCH_CHECK(weights.size() == 6 && biases.size() == 6 && norms.size() == 4 && gates.size() == 2 &&
-                      packed.size() == 4,
-                  "weights, biases, norms, gates and packed must be 6, 6, 4, 2 and 4");
+  STD_TORCH_CHECK(
+      weights.size() == 6 && biases.size() == 6 && norms.size() == 4 && gates.size() == 2 && packed.size() == 4,
+      "weights, biases, norms, gates and packed must be 6, 6, 4, 2 and 4");
   check_signal(x);
   const int64_t batch = x.size(0), frames = x.size(1), inner = weights[0].size(0);
   STD_TORCH_CHECK(heads > 0 && inner % heads == 0, "heads must divide the width of q, ", inner, ", got ", heads);
-  const Tensor qkv = std::get<0>(projection_cpu(x, {weights[0], weights[1], weights[2]},
-                                                {biases[0], biases[1], biases[2]}, norms[0], norms[1], eps_1, {}, {},
-                                                packed[0]));
-  const Tensor attended = std::get<0>(self_attention_cpu(
-      torch::stable::view(qkv, {batch, frames, 3, heads, inner / heads}), lengths, std::move(sizes), chunk_size, scale,
-      rotary));
+  const Tensor qkv =
+      std::get<0>(projection_cpu(x, {weights[0], weights[1], weights[2]}, {biases[0], biases[1], biases[2]}, norms[0],
+                                 norms[1], eps_1, {}, {}, packed[0]));
+  const Tensor attended =
+      std::get<0>(self_attention_cpu(torch::stable::view(qkv, {batch, frames, 3, heads, inner / heads}), lengths,
+                                     std::move(sizes), chunk_size, scale, rotary));
   const Tensor middle = std::get<0>(projection_cpu(torch::stable::view(attended, {batch, frames, inner}), {weights[3]},
                                                    {biases[3]}, {}, {}, {}, x, gates[0], packed[1]));
   return std::get<0>(feed_forward_cpu(middle, weights[4], biases[4], weights[5], biases[5], activation, norms[2],
