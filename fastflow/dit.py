@@ -225,7 +225,7 @@ class DiTBlock(Block):
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
         norms, gates = (modulated(shift_attn, scale_attn), modulated(shift_ff, scale_ff)), (gate_attn, gate_ff)
-        if packing is None and is_one_op(self.attn, self.ff, self.draws):
+        if packing is None and is_one_op([(self.attn, Attention), (self.ff, FeedForward)], self.draws):
             rule: dict[str, Any] = {"heads": self.attn.heads, "activation": self.ff.activation, "gates": gates}
             linears = *self.attn.linears, *self.ff.linears
             return transform(x, linears, norms, lengths=lengths, chunk_size=chunk_size, rotary=rotary, **rule)

@@ -99,11 +99,19 @@ def project_residual(
     return saturated(x + scaled(drop(projection(y, [layer.weight], [layer.bias]), last), gate, packing))
 
 
-def is_one_op(attention: nn.Module, feed_forward: nn.Module, draws: bool) -> bool:
-    """Whether a transformer block of these parts may be one op: in inference, unless a hook listens to a part."""
+def is_one_op(parts: Sequence[tuple[nn.Module, type[nn.Module]]], draws: bool) -> bool:
+    """Whether a transformer block of these parts may be one op, which calls none of them.
+
+    So it is in inference, unless a part does something else than its class, or a hook listens to it.
+    """
     if torch.is_grad_enabled() or draws or _has_any_global_hook():
         return False
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in (attention, feed_forward))
+    return all(
+        type(part).forward is kind.forward
+        and "forward" not in vars(part)
+        and not (part._forward_hooks or part._forward_pre_hooks)
+        for part, kind in parts
+    )
 
 
 def transform(

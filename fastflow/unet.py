@@ -204,7 +204,7 @@ class TransformerBlock(Block):
             Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps),
             Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps),
         )
-        if is_one_op(self.attn1, self.ff, self.draws):
+        if is_one_op([(self.attn1, Attention), (self.ff, FeedForward)], self.draws):
             mask: dict[str, Any] = {"lengths": lengths, "chunk_size": chunk_size, "packing": packing}
             linears = *self.attn1.linears, *self.ff.linears
             return transform(x, linears, norms, heads=self.attn1.heads, activation=self.ff.activation, **mask)

@@ -136,3 +136,26 @@ def test_hooks_of_the_parts_of_a_block_are_called_all_the_same(name, blocks):
         evaluate(estimator)
     assert called
     assert len(called) == len(set(called))
+
+
+@pytest.mark.parametrize("way", ["a class of its own", "a function in its place"])
+@pytest.mark.parametrize(("name", "blocks"), ESTIMATORS)
+def test_a_part_that_computes_something_else_is_called(name, blocks, way):
+    estimator = from_preset(name).eval().decoder.estimator
+    modules = [m for m in estimator.get_submodule(blocks).modules() if type(m).__name__ == "FeedForward"]
+    for part in modules:
+        original = part.forward
+
+        class Without(type(part)):
+            def forward(self, x, *_):
+                return x
+
+        if way == "a class of its own":
+            part.__class__ = Without
+        else:
+            part.forward = lambda x, *_: x
+        assert part.forward is not original
+    recorded, _ = evaluate(estimator)
+    with torch.no_grad():
+        inferred, _ = evaluate(estimator)
+    assert torch.equal(recorded, inferred)
