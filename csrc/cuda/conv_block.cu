@@ -83,7 +83,7 @@ __device__ Wide<T> value(const void* vector, int64_t c) {
 // The convolution's result is torch's, and may be infinite.
 template <typename T>
 __device__ Wide<T> y_at(const ConvBlockArgs& args, int64_t b, int64_t t, int64_t c) {
-  return saturated<T>(value<T>(args.y, (b * args.frames + t) * args.width + c));
+  return widen(saturated(static_cast<const T*>(args.y)[(b * args.frames + t) * args.width + c]));
 }
 
 template <typename T>
@@ -190,7 +190,9 @@ __global__ void __launch_bounds__(kThreads) normalise_kernel(const ConvBlockArgs
       const Real mean = static_cast<const Real*>(args.mean)[at], rstd = static_cast<const Real*>(args.rstd)[at];
       out += mish((y_at<T>(args, b, t, c) - mean) * rstd * scale + shift);
     }
-    narrow(saturated<T>(out), static_cast<T*>(args.out)[(b * args.frames + t) * args.width + c]);
+    T result;
+    narrow(out, result);
+    static_cast<T*>(args.out)[(b * args.frames + t) * args.width + c] = saturated(result);
   }
 }
 

@@ -20,9 +20,10 @@ __global__ void __launch_bounds__(kThreads) euler_step_kernel(const EulerStepArg
   const Real after = guided_step<Real>(widen(x), widen(velocity[0]), widen(velocity[args.batch * vs.row]),
                                        widen(*static_cast<const X*>(args.dt)), static_cast<Real>(1.0 + args.rate),
                                        static_cast<Real>(args.rate));
-  if (args.after) narrow(saturated<X>(after), static_cast<X*>(args.after)[n]);
+  if (args.after) narrow(after, static_cast<X*>(args.after)[n]);
   V result;
-  narrow(saturated<V>(after), result);
+  narrow(after, result);
+  result = saturated(result);
   static_cast<V*>(args.doubled)[n] = result;
   static_cast<V*>(args.doubled)[count + n] = result;
 }

@@ -10,9 +10,9 @@ __global__ void __launch_bounds__(kThreads)
     forward_kernel(const void* hidden, void* out, Activation activation, int64_t elements) {
   const int64_t n = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * count;
   if (n >= elements) return;
-  auto x = load<T, count>(hidden, n);
+  auto x = load_product<T, count>(hidden, n);
 #pragma unroll
-  for (int i = 0; i < count; ++i) x[i] = activate(activation, saturated<T>(x[i])).value;  // x is cuBLAS's
+  for (int i = 0; i < count; ++i) x[i] = activate(activation, x[i]).value;
   store_saturated<T, count>(x, out, n);
 }
 
@@ -20,10 +20,10 @@ template <typename T, int count>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const ActivationBackwardArgs args, int64_t elements) {
   const int64_t n = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * count;
   if (n >= elements) return;
-  auto x = load<T, count>(args.pre_activation, n), grad = load<T, count>(args.grad, n);
+  auto x = load_product<T, count>(args.pre_activation, n), grad = load<T, count>(args.grad, n);
 #pragma unroll
   for (int i = 0; i < count; ++i) {
-    const auto result = activate(args.activation, saturated<T>(x[i]));
+    const auto result = activate(args.activation, x[i]);
     x[i] = result.value;
     grad[i] *= result.derivative;
   }

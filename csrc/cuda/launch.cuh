@@ -33,14 +33,13 @@ __device__ inline void narrow(double x, double& out) { out = x; }
 __device__ inline void narrow(float x, __half& out) { out = __float2half_rn(x); }
 __device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
 
-// A result of the forward pass within the range of T, if that is float16; NaN stays NaN.  See fastflow/ops/half.py.
+// What the forward pass has rounded to T: +-65504 for an infinite float16; NaN stays NaN.  See fastflow/ops/half.py.
 template <typename T>
-__device__ inline Wide<T> saturated(Wide<T> x) {
+__device__ inline T saturated(T x) {
   return x;
 }
-template <>
-__device__ inline float saturated<__half>(float x) {
-  return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+__device__ inline __half saturated(__half x) {
+  return __hmax_nan(__hmin_nan(x, __ushort_as_half(0x7bff)), __ushort_as_half(0xfbff));
 }
 
 // Call visit with a value of the CUDA type of `dtype`.

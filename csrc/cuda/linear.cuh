@@ -28,27 +28,35 @@ struct Pack {
 
 // A stride other than 1 only for packs of one.
 template <typename T, int count>
-__device__ Pack<T, count> load(const void* data, int64_t offset) {
+__device__ Pack<T, count> load(const void* data, int64_t offset, bool saturates = false) {
   const auto packed = *reinterpret_cast<const Packed<T, count>*>(static_cast<const T*>(data) + offset);
   Pack<T, count> pack;
 #pragma unroll
-  for (int i = 0; i < count; ++i) pack[i] = widen(packed.values[i]);
+  for (int i = 0; i < count; ++i) pack[i] = widen(saturates ? saturated(packed.values[i]) : packed.values[i]);
   return pack;
 }
 
+// What cuBLAS made in the forward pass.
 template <typename T, int count>
-__device__ void store(const Pack<T, count>& pack, void* data, int64_t offset) {
-  Packed<T, count> packed;
-#pragma unroll
-  for (int i = 0; i < count; ++i) narrow(pack[i], packed.values[i]);
-  *reinterpret_cast<Packed<T, count>*>(static_cast<T*>(data) + offset) = packed;
+__device__ Pack<T, count> load_product(const void* data, int64_t offset) {
+  return load<T, count>(data, offset, true);
 }
 
 template <typename T, int count>
-__device__ void store_saturated(Pack<T, count> pack, void* data, int64_t offset) {
+__device__ void store(const Pack<T, count>& pack, void* data, int64_t offset, bool saturates = false) {
+  Packed<T, count> packed;
 #pragma unroll
-  for (int i = 0; i < count; ++i) pack[i] = saturated<T>(pack[i]);
-  store<T, count>(pack, data, offset);
+  for (int i = 0; i < count; ++i) {
+    narrow(pack[i], packed.values[i]);
+    if (saturates) packed.values[i] = saturated(packed.values[i]);
+  }
+  *reinterpret_cast<Packed<T, count>*>(static_cast<T*>(data) + offset) = packed;
+}
+
+// What the forward pass makes.
+template <typename T, int count>
+__device__ void store_saturated(const Pack<T, count>& pack, void* data, int64_t offset) {
+  store<T, count>(pack, data, offset, true);
 }
 
 // Channels from c on of row b, or `otherwise` if there are no vectors.

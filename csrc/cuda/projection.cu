@@ -13,11 +13,11 @@ __global__ void __launch_bounds__(kThreads) residual_kernel(const GatedResidualA
   const int64_t begin = b * args.residual.row_stride + t * args.residual.frame_stride;
   for_packs<count>(args.channels, threadIdx.x % kWarp, kWarp, [&](int64_t c) {
     const int64_t offset = frame * args.channels + c;
-    auto y = load<T, count>(args.y, offset);
+    auto y = load_product<T, count>(args.y, offset);
     const auto residual = load<T, count>(args.residual.data, begin + c * args.residual.channel_stride);
     const auto gate = load<T, count>(args.gate, b, c, 1);
 #pragma unroll
-    for (int i = 0; i < count; ++i) y[i] = residual[i] + gate[i] * saturated<T>(y[i]);  // y is cuBLAS's
+    for (int i = 0; i < count; ++i) y[i] = residual[i] + gate[i] * y[i];
     store_saturated<T, count>(y, args.out, offset);
   });
 }
