@@ -1,7 +1,7 @@
 """The memory modes of a flow: what a training step keeps for its backward pass, and what it computes again there.
 
 * ``auto``, the default: ``none``, but where the input of attention has more than 2048 frames, all rows together, its q,
-  k and v are computed again.  Of 8 x 1000 frames CosyVoice 1 keeps a third less for 3 % more time.
+  k and v are computed again.  Of 8 x 1000 frames CosyVoice 1 keeps a third less, for one product more.
 * ``none``: the input of every product and the result of every product that something else needs.  Norms and activations
   are computed again, as the ops always do.
 * ``selective``: the input of every sub-layer, attention's output and its softmax sums.  What one product restores is
