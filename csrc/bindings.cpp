@@ -659,6 +659,25 @@ Tensor new_stats(const Tensor& x, const NormRule& norm) {
   return torch::stable::new_empty(x, {norm.eps ? 2 : 0, x.size(0), x.size(1)}, wide_type(x));
 }
 
+// Whether the kernels of csrc/cpu/thin.cpp compute a product with x.
+bool is_thin(const Tensor& x) { return x.size(0) * x.size(1) <= kThinFrames; }
+
+Tensor thin_projection(const Tensor& x, const Stack& stack) {
+  const int64_t channels = x.size(2), frames = x.size(0) * x.size(1);
+  const Tensor wide = torch::stable::contiguous(torch::stable::to(x, wide_type(x)));
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows});
+  const ThinArgs args = {frames, channels, stack.rows, wide.data_ptr(), nullptr, nullptr, out.data_ptr()};
+  int64_t column = 0;
+  for (const Weight& part : stack.parts) {
+    torch::stable::parallel_for(0, part.rows, max_of(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+      const auto workspace = std::make_unique<char[]>(static_cast<size_t>(channels * wide.element_size()));
+      cpu::kernels().thin_forward(args, part, column, dtype_of(x), workspace.get(), begin, end);
+    });
+    column += part.rows;
+  }
+  return out;
+}
+
 std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
                                           std::vector<OptionalTensor> biases, OptionalTensor scale,
                                           OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
@@ -666,6 +685,7 @@ std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> w
   check_signal(x);
   const NormRule norm = {scale, shift, eps};
   const Stack stack(weights, biases, x.size(2), x.scalar_type());
+  if (is_thin(x) && !eps && !residual && !gate) return {thin_projection(x, stack), new_stats(x, norm)};
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
   LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
   pack_weights(x, {{stack, packed, args.packed_out}});
@@ -785,6 +805,33 @@ Tensor as_signal(const Tensor& matrix, const Tensor& like) {
   return torch::stable::view(matrix, {like.size(0), like.size(1), matrix.size(1)});
 }
 
+// grad @ weight, [B, T, C].
+Tensor gradient_of_input(const Tensor& grad, const Tensor& weight) {
+  const int64_t channels = weight.size(1);
+  if (!is_thin(grad)) return as_signal(torch::stable::matmul(as_matrix(grad), weight), grad);
+  Tensor out = torch::stable::new_empty(grad, {grad.size(0), grad.size(1), channels});
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t frames = grad.size(0) * grad.size(1), rows = weight.size(0);
+  const ThinArgs args = {frames, channels, rows, nullptr, grad.data_ptr(), dense.data_ptr(), out.data_ptr()};
+  torch::stable::parallel_for(0, channels, max_of(64, kGrain / max_of(1, rows)), [&](int64_t begin, int64_t end) {
+    const auto workspace = std::make_unique<char[]>(static_cast<size_t>(frames * (end - begin) * grad.element_size()));
+    cpu::kernels().thin_input_gradient(args, dtype_of(grad), workspace.get(), begin, end);
+  });
+  return out;
+}
+
+// grad.T @ x, [N, C].
+Tensor gradient_of_weight(const Tensor& grad, const Tensor& x) {
+  if (!is_thin(grad)) return torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x));
+  const int64_t rows = grad.size(2), channels = x.size(2), frames = grad.size(0) * grad.size(1);
+  Tensor out = torch::stable::new_empty(grad, {rows, channels});
+  const ThinArgs args = {frames, channels, rows, x.data_ptr(), grad.data_ptr(), nullptr, out.data_ptr()};
+  torch::stable::parallel_for(0, rows, max_of(1, kGrain / max_of(1, channels)), [&](int64_t begin, int64_t end) {
+    cpu::kernels().thin_weight_gradient(args, dtype_of(grad), begin, end);
+  });
+  return out;
+}
+
 // What is not wanted, or not there.
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
@@ -807,7 +854,7 @@ GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const T
   if (!gate) {
     Tensor sums = torch::stable::new_empty(x, {wants_bias ? rows : 0});
     if (wants_bias) sum_columns(grad.data_ptr(), batch * frames, rows, rows, dtype, sums.data_ptr());
-    return {torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x)), sums, nothing(x)};
+    return {gradient_of_weight(grad, x), sums, nothing(x)};
   }
   check_tensor("gate", *gate, {batch, rows}, x.scalar_type());
   if (bias) check_tensor("bias", *bias, {rows}, x.scalar_type());
@@ -893,7 +940,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_backward_c
   check_gradient(grad, scaled, x, stack.rows);
   const Tensor weight = joined(weights);
   OptionalTensor grad_x;
-  if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(scaled), weight), x);
+  if (wants_x || normalises) grad_x = gradient_of_input(scaled, weight);
   NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
   if (normalises) {
     norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, {});
@@ -919,12 +966,11 @@ FeedForwardGradients feed_forward_backward_cpu(const Tensor& grad, const Tensor&
   check_tensor("w2", w2, {w2.size(0), w1.size(0)}, x.scalar_type());
   check_gradient(grad, scaled, x, w2.size(0));
   check_wide("hidden", hidden, {x.size(0), x.size(1), w1.size(0)}, x);
-  const auto [activated, grad_hidden] =
-      activation_backward_cpu(as_signal(torch::stable::matmul(as_matrix(scaled), w2), x), hidden, activation);
+  const auto [activated, grad_hidden] = activation_backward_cpu(gradient_of_input(scaled, w2), hidden, activation);
   GradientOfLinear first = no_gradients(x), second = no_gradients(x);
   if (wants_second) second = gradient_of_linear(grad, activated, w2, b2, gate, true);
   OptionalTensor grad_x;
-  if (wants_x || normalises) grad_x = as_signal(torch::stable::matmul(as_matrix(grad_hidden), w1), x);
+  if (wants_x || normalises) grad_x = gradient_of_input(grad_hidden, w1);
   NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
   if (normalises) {
     norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, residual ? OptionalTensor(grad) : OptionalTensor());

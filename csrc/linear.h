@@ -76,6 +76,17 @@ struct GatedGradientArgs {
   void *grad_weight, *grad_bias, *grad_gate;
 };
 
+// Products with at most kThinFrames frames, on the CPU; contiguous, in the type to compute in but for the result of the
+// forward.
+constexpr int64_t kThinFrames = 16;  // as in fastflow/ops/projection.py
+struct ThinArgs {
+  int64_t frames, channels, rows;  // rows: of the weight
+  const void* x;                   // [frames, channels]
+  const void* grad;                // of the result, [frames, rows]
+  const void* weight;              // [rows, channels]
+  void* out;                       // the result, the gradient of x, or that of the weight
+};
+
 struct ActivationBackwardArgs {
   Activation activation;
   const void *grad, *pre_activation;

@@ -192,7 +192,8 @@ class AdaLayerNorm(nn.Module):
         self.linear = Linear(dim, parts * dim)
 
     def forward(self, e: Tensor) -> Tensor:
-        return self.linear(e)
+        layer = plain(self.linear, Linear)
+        return projection(e[:, None], [layer.weight], [layer.bias])[:, 0]
 
 
 def modulated(shift: Tensor, scale: Tensor) -> Norm:

@@ -112,6 +112,14 @@ def test_use_cases_at_full_size(dtype, kernel_backend, device, full_size):
     assert_right(*adaptive, kernel_backend, f"projection {kernel_backend} adaptive")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 4, 15, 16, 17])
+def test_few_frames(batch, dtype, backend, device):
+    """As those of a time embedding, which the CPU multiplies by another kernel up to 16."""
+    tensors, grad = make("bias", dtype, device, batch=batch, frames=1, channels=301, widths=(523, 17))
+    assert_right(tensors, grad, backend, f"projection {backend} {batch} frames {dtype}")
+
+
 def test_is_layer_norm_and_linear(backend, device):
     tensors, _ = make("norm", device=device, widths=(16,))
     x = F.layer_norm(tensors["x"], (24,), tensors["scale"], tensors["shift"], 1e-5)

@@ -28,6 +28,9 @@ namespace {
    &capability::activation_backward,    \
    &capability::column_sums,            \
    &capability::add_gated_gradient,     \
+   &capability::thin_forward,           \
+   &capability::thin_input_gradient,    \
+   &capability::thin_weight_gradient,   \
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
    &capability::conv_block_run,         \

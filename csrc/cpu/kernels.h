@@ -36,6 +36,10 @@ namespace fastflow::cpu {
   void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end);              \
   void column_sums(const void* x, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin, int64_t end); \
   void add_gated_gradient(const GatedGradientArgs& args, Dtype dtype, int64_t begin, int64_t end);                    \
+  void thin_forward(const ThinArgs& args, const Weight& weight, int64_t column, Dtype dtype, void* workspace,         \
+                    int64_t begin, int64_t end);                                                                      \
+  void thin_input_gradient(const ThinArgs& args, Dtype dtype, void* workspace, int64_t begin, int64_t end);           \
+  void thin_weight_gradient(const ThinArgs& args, Dtype dtype, int64_t begin, int64_t end);                           \
   int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                                   \
   ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                        \
   void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,                  \
@@ -78,6 +82,12 @@ struct Kernels {
   decltype(&baseline::column_sums) column_sums;
   // Output channels [begin, end).
   decltype(&baseline::add_gated_gradient) add_gated_gradient;
+  // Rows [begin, end) of a weight whose results begin with `column`; the workspace holds C elements.
+  decltype(&baseline::thin_forward) thin_forward;
+  // Channels [begin, end); the workspace holds as many elements per frame.
+  decltype(&baseline::thin_input_gradient) thin_input_gradient;
+  // Rows [begin, end).
+  decltype(&baseline::thin_weight_gradient) thin_weight_gradient;
   // Elements, of the type to compute in, of the memory that the threads of all phases share.
   decltype(&baseline::conv_block_shared) conv_block_shared;
   decltype(&baseline::conv_block_plan) conv_block_plan;

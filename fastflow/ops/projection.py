@@ -34,6 +34,7 @@ from fastflow.ops.packed import packed_weights
 from fastflow.ops.registry import define, gpu_pass, kernel, op
 
 DTYPES = dict.fromkeys(("cpu", "cuda", "triton"), _backend.FLOATS)
+THIN_FRAMES = 16  # as in csrc/linear.h
 
 
 def projection_ref(
@@ -356,5 +357,6 @@ def projection(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
         function = ProjectionFunction.apply
         return function(x, scale, shift, eps, residual, gate, chosen, len(weights), *weights, *biases)
-    packed = packed_weights(x, weights, biases) if chosen == "cpu" else None
+    thin = x.shape[0] * x.shape[1] <= THIN_FRAMES  # reads a weight once, where it is
+    packed = packed_weights(x, weights, biases) if chosen == "cpu" and not thin else None
     return op("projection", chosen)(x, weights, biases, scale, shift, eps, residual, gate, packed)[0]
