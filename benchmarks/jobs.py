@@ -16,14 +16,15 @@ import upstream
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastflow import backend, config, use_backend
+from fastflow import backend, config, recompute, use_backend
 from fastflow.testing.tolerances import assert_parity, golden_error, golden_limit
 
 Results = dict[str, Tensor]
 Step = Callable[[], Results]
 
 OURS = ("auto", "cpu", "cuda", "triton")
-PROVIDERS = ("reference", "compile", *OURS, "cosyvoice")
+MEMORY_MODES = tuple(mode for mode in recompute.MODES if mode != "auto")  # each is "auto" but for flow.recompute
+PROVIDERS = ("reference", "compile", *OURS, *MEMORY_MODES, "cosyvoice")
 
 
 class UnavailableError(Exception):
@@ -94,6 +95,8 @@ class OpJob:
         """
         if provider == "cosyvoice":
             raise UnavailableError("upstream has no such op; the reference does what its module does")
+        if provider in MEMORY_MODES:
+            raise UnavailableError("a memory mode is one of a flow's training step; an op has none")
         if provider in OURS:
             _require_backend(provider, self.cotangent.device)
             function: Callable[..., Tensor] = functools.partial(self.op, backend=provider)
@@ -159,6 +162,8 @@ class FlowJob:
             theirs = upstream.build(self.spec)
             theirs.load_state_dict(self.flow.state_dict())
             return theirs.to(self.device).train(self.train)
+        if provider in MEMORY_MODES:
+            return self._in_mode(provider)
         if provider in OURS:
             _require_backend(provider, self.device)
         if provider != "compile":
@@ -170,8 +175,17 @@ class FlowJob:
                 getattr(flow, name).compile()
         return flow
 
+    def _in_mode(self, mode: str) -> nn.Module:
+        if not self.train:
+            raise UnavailableError("a memory mode is one of a training step; synthesis keeps nothing for backward")
+        # The copy shares the weights, which are up to 1.3 GB.
+        flow: Any = copy.deepcopy(self.flow, {id(parameter): parameter for parameter in self.flow.parameters()})
+        flow.recompute = mode
+        return flow
+
     def _step(self, flow: Any, provider: str, inputs: Mapping[str, Any]) -> Results:
-        with use_backend(provider if provider in OURS else "reference"):
+        ours = "auto" if provider in MEMORY_MODES else provider
+        with use_backend(ours if ours in OURS else "reference"):
             if not self.train:
                 return {"mel": flow.inference(**inputs)[0]}
             loss = flow(inputs, self.device)["loss"]

@@ -17,6 +17,9 @@ COLOURS = {
     "cpu": "tab:blue",
     "cuda": "tab:green",
     "triton": "tab:purple",
+    "none": "tab:olive",
+    "selective": "tab:pink",
+    "block": "tab:brown",
     "cosyvoice": "tab:red",
 }
 

@@ -81,7 +81,8 @@ def show(case: dict[str, Any]) -> None:
         for name, cells in rows.items():
             print(f"  {name}:", ", ".join(f"{cell} {head}" for cell, head in zip(cells, HEADS, strict=True)))
     else:
-        grid = Table("provider", title=title, title_justify="left")
+        grid = Table(title=title, title_justify="left")
+        grid.add_column("provider", no_wrap=True)
         for head in HEADS:
             grid.add_column(head, justify="right")
         for name, cells in rows.items():

@@ -33,6 +33,9 @@ from fastflow.ops import (
     interpolate_ref,
     projection,
     projection_ref,
+    self_attention,
+    transformer_block,
+    transformer_block_ref,
 )
 from fastflow.ops.attention import DTYPES as ATTENTION_DTYPES
 from fastflow.ops.conv_block import DTYPES as CONV_BLOCK_DTYPES
@@ -41,6 +44,7 @@ from fastflow.ops.euler_step import DTYPES as EULER_STEP_DTYPES
 from fastflow.ops.feed_forward import DTYPES as FEED_FORWARD_DTYPES
 from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
 from fastflow.ops.projection import DTYPES as PROJECTION_DTYPES
+from fastflow.ops.transformer_block import DTYPES as TRANSFORMER_BLOCK_DTYPES
 from fastflow.testing import interpreter
 from fastflow.testing.tolerances import assert_parity
 
@@ -154,6 +158,17 @@ def _test_attention(backend: str, device: str) -> None:
         )
 
 
+def _test_self_attention(backend: str, device: str) -> None:
+    width = 16
+    angle = _randn(device, angle=(19, width // 2))["angle"]
+    rule: dict[str, Any] = {"chunk_size": 7, "rotary": torch.stack([angle.cos(), angle.sin()])}
+    for batch, rows in ((2, {"lengths": torch.tensor([11, 19], device=device)}), (1, {"sizes": [11, 8]})):
+        run = functools.partial(self_attention, **rows, **rule)
+        qkv = _randn(device, qkv=(batch, 19, 3, 2, width))
+        on = functools.partial(run, backend=backend)
+        _check(on, functools.partial(run, backend="reference"), qkv, "self_attention", sums=(width, 19))
+
+
 def _test_projection(backend: str, device: str) -> None:
     tensors = _randn(device, x=(2, 19, 24), weight=(40, 24), bias=(40,), residual=(2, 19, 40), scale=(24,), shift=(24,))
 
@@ -181,6 +196,29 @@ def _test_conv_block(backend: str, device: str) -> None:
         _check(run, reference, tensors, "conv_block", sums=(72, 32, 38, 152))
 
 
+def _test_transformer_block(backend: str, device: str) -> None:
+    """Forward only, as the backward pass is that of the ops that it is made of."""
+    matrices = {"q": (32, 24), "k": (32, 24), "v": (32, 24), "out": (24, 32), "w1": (48, 24), "w2": (24, 48)}
+    given = [*_randn(device, x=(2, 19, 24), scale=(24,), shift=(24,)).values()]
+    given += [weight / weight.shape[1] ** 0.5 for weight in _randn(device, **matrices).values()]
+    rule: dict[str, Any] = {"heads": 2, "activation": "gelu", "lengths": torch.tensor([11, 19], device=device)}
+    rule["gates"] = None, None
+
+    @torch.no_grad()
+    def result(function: Call, dtype: torch.dtype, rounded: torch.dtype) -> dict[str, Tensor]:
+        x, scale, shift, *weights = (t.to(rounded).to(dtype) for t in given)
+        norm = Norm(scale, shift, 1e-5)
+        out = function(x, [torch.nn.Parameter(weight) for weight in weights], [None] * 6, norms=(norm, norm), **rule)
+        return {"out": torch.cat([out[0, :11], out[1]])}  # the padding holds arbitrary values
+
+    run = functools.partial(transformer_block, backend=backend)
+    for dtype in TESTED_DTYPES:
+        got, eager = (result(function, dtype, dtype) for function in (run, transformer_block_ref))
+        truth = result(transformer_block_ref, torch.float64, dtype)
+        name = f"transformer_block {str(dtype).removeprefix('torch.')}"
+        assert_parity(got, eager, truth, case=name, sums=(24, 48, 19))
+
+
 def _test_euler_step(backend: str, device: str) -> None:
     """Forward only, as there is no backward pass."""
     given = _randn(device, x=(1, 19, 24), velocity=(2, 19, 24), dt=())
@@ -205,11 +243,15 @@ class Op(NamedTuple):
     test: Callable[[str, str], None]
 
 
+# Only the C++ backend has the block in one call; on the others it is the ops above.
+_BLOCK_DTYPES = {"cpu": TRANSFORMER_BLOCK_DTYPES["cpu"]}
 OPS = {
     "interpolate": Op(INTERPOLATE_DTYPES, _test_interpolate),
     "attention": Op(ATTENTION_DTYPES, _test_attention),
+    "self_attention": Op(ATTENTION_DTYPES, _test_self_attention),
     "projection": Op(PROJECTION_DTYPES, _test_projection),
     "feed_forward": Op(FEED_FORWARD_DTYPES, _test_feed_forward),
+    "transformer_block": Op(_BLOCK_DTYPES, _test_transformer_block),
     "conv_block": Op(CONV_BLOCK_DTYPES, _test_conv_block),
     "euler_step": Op(EULER_STEP_DTYPES, _test_euler_step),
     "dropout": Op(DROPOUT_DTYPES, _test_dropout),

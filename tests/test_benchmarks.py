@@ -19,6 +19,7 @@ if not (BENCHMARKS / "run.py").exists():
 sys.path.insert(0, str(BENCHMARKS))
 
 import jobs  # noqa: E402
+import plot  # noqa: E402
 import registry  # noqa: E402
 import run  # noqa: E402
 import runner  # noqa: E402
@@ -208,10 +209,45 @@ def test_the_providers_of_a_case_fit_the_device():
     assert "compile" not in run.default_providers(flow, True, "cuda")
 
 
+@pytest.mark.parametrize("name", ["tiny-v1", "tiny-v2", "tiny-v3"])
+def test_every_memory_mode_is_checked_counted_and_timed(name):
+    case = registry.CASES[f"{name}/train-2x60"]
+    measured = runner.run_case(case, ["auto", *jobs.MEMORY_MODES], CPU, FAST, 1e9)["providers"]
+    assert list(measured) == ["reference", "auto", "none", "selective", "block"]
+    assert all(numbers["status"] == "ok" and "ms" in numbers for numbers in measured.values())
+    saved, ops = ({mode: measured[mode][key] for mode in jobs.MEMORY_MODES} for key in ("saved_bytes", "ops"))
+    assert saved["none"] > saved["selective"] > saved["block"] > 0
+    assert ops["none"] < ops["block"]
+
+
+def test_a_memory_mode_has_a_flow_of_its_own_with_the_same_weights():
+    job = registry.CASES["tiny-v1/train-2x60"].job(CPU)
+    job.flow.encoder.recompute = "selective"
+    flow = job._module("block")
+    assert {part.recompute for part in flow.modules() if hasattr(part, "recompute")} == {"block"}
+    assert job.flow.recompute == "auto"
+    assert job.flow.encoder.recompute == "selective"
+    shared = {id(parameter) for parameter in job.flow.parameters()}
+    assert {id(parameter) for parameter in flow.parameters()} == shared
+
+
+@pytest.mark.parametrize("mode", jobs.MEMORY_MODES)
+@pytest.mark.parametrize(("name", "reason"), [("interpolate/1x40-68x80", "an op"), ("tiny-v1/infer-1s+2s", "synth")])
+def test_memory_modes_are_of_training_steps(name, reason, mode):
+    job = registry.CASES[name].job(CPU)
+    with pytest.raises(jobs.UnavailableError, match=f"a memory mode is one of a .*training step; {reason}"):
+        job.step(mode)
+
+
+def test_every_provider_has_a_colour():
+    assert set(plot.COLOURS) == set(jobs.PROVIDERS) - {"reference"}
+
+
 def test_the_published_workloads_are_registered():
     for version in ("v1", "v2", "v3"):
         assert {f"{version}/train-4x200", f"{version}/train-4x500", f"{version}/infer-5s+10s"} <= set(registry.CASES)
     assert {"interpolate/8x500-860x512", "interpolate/8x500-860x80"} <= set(registry.CASES)
+    assert registry.CASES["v1/train-2x1000"].heavy
 
 
 @pytest.mark.parametrize(("name", "tokens", "frames"), [("tiny", 58, 100), ("tiny3", 50, 100)])

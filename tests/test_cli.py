@@ -128,6 +128,23 @@ def test_doctor_fails_where_a_backend_that_runs_is_wrong(monkeypatch, capsys) ->
     assert "a backend that can run is broken" in out
 
 
+@pytest.mark.parametrize("op", ["self_attention", "transformer_block"])
+def test_doctor_finds_an_attention_or_a_block_that_is_wrong_on_one_backend(op, monkeypatch) -> None:
+    if backend.extension is None:
+        pytest.skip(f"not run: {backend.extension_error}")
+    monkeypatch.setattr(tolerances, "history", [])
+    right = getattr(doctor, op)
+
+    def wrong(*args, **kwargs):
+        return right(*args, **kwargs) * (1.0001 if kwargs["backend"] == "cpu" else 1)
+
+    monkeypatch.setattr(doctor, op, wrong)
+    monkeypatch.setattr(doctor, "OPS", {op: doctor.OPS[op]})
+    found = doctor.examine()["backends"]
+    assert found["reference"]["self_test"][op]["passed"]
+    assert f"{op} float32 out: largest error is" in found["cpu"]["self_test"][op]["failure"]
+
+
 def test_doctor_survives_a_missing_compiled_module(monkeypatch, capsys) -> None:
     monkeypatch.setattr(backend, "extension", None)
     monkeypatch.setattr(backend, "extension_error", "no C++ compiler")

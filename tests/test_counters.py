@@ -145,6 +145,24 @@ def test_a_storage_saved_twice_counts_once_and_in_full():
     assert saved.bytes == 40 + 40
 
 
+def test_what_the_backward_pass_saves_while_it_computes_again_does_not_count():
+    class Again(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x.exp().sin()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                return torch.autograd.grad(x.exp().sin(), x, grad)[0]
+
+    with SavedTensors() as saved:
+        Again.apply(torch.ones(10, requires_grad=True)).sum().backward()
+    assert saved.bytes == 40  # x
+
+
 def test_a_small_view_keeps_its_whole_storage():
     x = torch.ones(10, requires_grad=True)
     with SavedTensors() as saved:

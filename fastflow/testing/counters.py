@@ -299,7 +299,8 @@ class SavedTensors:
     """Bytes that autograd keeps from forward to backward, for everything that runs in the ``with`` block.
 
     A storage counts once, with its full size, however many tensors or views of it are saved: that is what stays
-    allocated.  Tensors stored on an autograd function's ``ctx`` without ``save_for_backward`` are not seen.
+    allocated.  What the backward pass saves while it computes a part again does not count.  Tensors stored on an
+    autograd function's ``ctx`` without ``save_for_backward`` are not seen.
 
     Args:
         exclude: tensors whose storage is not counted; pass ``module.parameters()``, which live anyway.
@@ -323,7 +324,8 @@ class SavedTensors:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._seen:
+        in_backward = torch._C._current_graph_task_id() >= 0
+        if not in_backward and storage._cdata not in self._seen:
             self._seen[storage._cdata] = storage
             self.by_name[self._where()] += storage.nbytes()
         return tensor
