@@ -519,6 +519,29 @@ constexpr int64_t kBlockBytes = 600 * 1024;   // of input of a task: the more, t
 constexpr int64_t kMostRows = 12 * kRowStep;  // of a task
 constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads
 
+// The rows of the batch among the frames of x [B, T, C], one row after the other; with `sizes`, of B == 1.
+struct Rows {
+  std::vector<int64_t> starts = {0};  // of each row, then the end
+  std::vector<int64_t> of_frames;     // with sizes, the row of each frame
+
+  explicit Rows(const Tensor& x, const std::optional<std::vector<int64_t>>& sizes = {}) {
+    if (!sizes) {
+      for (int64_t b = 0; b < x.size(0); ++b) starts.push_back(starts.back() + x.size(1));
+      return;
+    }
+    for (const int64_t size : *sizes) {
+      STD_TORCH_CHECK(size >= 0 && size <= x.size(1), "sizes must lie in [0, ", x.size(1), "], got ", size);
+      of_frames.insert(of_frames.end(), static_cast<size_t>(size), count());
+      starts.push_back(starts.back() + size);
+    }
+    STD_TORCH_CHECK(x.size(0) == 1 && starts.back() == x.size(1), "sizes must add up to the frames of one row, ",
+                    x.size(1), ", got ", starts.back());
+  }
+  int64_t count() const { return static_cast<int64_t>(starts.size()) - 1; }
+  int64_t size(int64_t row) const { return starts[row + 1] - starts[row]; }
+  const int64_t* of_frame() const { return of_frames.empty() ? nullptr : of_frames.data(); }
+};
+
 Signal signal_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 // The norm of the schema, in its order.
@@ -611,20 +634,24 @@ Tensor pack_weights_cpu(std::vector<Tensor> weights, std::vector<OptionalTensor>
   return packed;
 }
 
-LinearArgs linear_args(const Tensor& x, const NormRule& norm, const Tensor& stats, int64_t out_channels,
-                       const OptionalTensor& gate, const OptionalTensor& residual, const Tensor& out) {
+LinearArgs linear_args(const Tensor& x, const Rows& rows, const NormRule& norm, const Tensor& stats,
+                       int64_t out_channels, const std::optional<Dropout>& dropout, const OptionalTensor& gate,
+                       const OptionalTensor& residual, const Tensor& out) {
   const ScalarType dtype = x.scalar_type();
   LinearArgs args{};
   args.batch = x.size(0), args.frames = x.size(1), args.channels = x.size(2);
   args.x = signal_of(x);
+  args.row_of = rows.of_frame();
   args.norm = norm.eps.has_value();
   args.eps = norm.eps.value_or(0);
-  args.scale = vectors_of("scale", norm.scale, args.batch, args.channels, dtype);
-  args.shift = vectors_of("shift", norm.shift, args.batch, args.channels, dtype);
+  args.scale = vectors_of("scale", norm.scale, rows.count(), args.channels, dtype);
+  args.shift = vectors_of("shift", norm.shift, rows.count(), args.channels, dtype);
   args.stats = stats.data_ptr();
   args.out_channels = out_channels;
-  if (gate) check_tensor("gate", *gate, {args.batch, out_channels}, dtype);
-  args.gate = vectors_of("gate", gate, args.batch, out_channels, dtype);
+  args.drops = dropout.has_value();
+  args.dropout = dropout.value_or(Dropout{});
+  if (gate) check_tensor("gate", *gate, {rows.count(), out_channels}, dtype);
+  args.gate = vectors_of("gate", gate, rows.count(), out_channels, dtype);
   if (residual) {
     check_tensor("residual", *residual, {args.batch, args.frames, out_channels}, dtype);
     args.residual = signal_of(*residual);
@@ -678,6 +705,25 @@ Tensor thin_projection(const Tensor& x, const Stack& stack) {
   return out;
 }
 
+// Lets the kernel write the result before the gate too.
+void set_ungated(const Tensor& out, Tensor& ungated, LinearArgs& args) {
+  ungated = torch::stable::empty_like(out);
+  args.ungated = ungated.data_ptr();
+}
+
+// What projection computes, and the statistics of its norm.
+std::tuple<Tensor, Tensor> project(const Tensor& x, const Rows& rows, const Stack& stack, const NormRule& norm,
+                                   const std::optional<Dropout>& dropout, const OptionalTensor& residual,
+                                   const OptionalTensor& gate, const OptionalTensor& packed,
+                                   Tensor* ungated = nullptr) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
+  LinearArgs args = linear_args(x, rows, norm, stats, stack.rows, dropout, gate, residual, out);
+  if (ungated) set_ungated(out, *ungated, args);
+  pack_weights(x, {{stack, packed, args.packed_out}});
+  run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
+  return {out, stats};
+}
+
 std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> weights,
                                           std::vector<OptionalTensor> biases, OptionalTensor scale,
                                           OptionalTensor shift, std::optional<double> eps, OptionalTensor residual,
@@ -686,11 +732,44 @@ std::tuple<Tensor, Tensor> projection_cpu(const Tensor& x, std::vector<Tensor> w
   const NormRule norm = {scale, shift, eps};
   const Stack stack(weights, biases, x.size(2), x.scalar_type());
   if (is_thin(x) && !eps && !residual && !gate) return {thin_projection(x, stack), new_stats(x, norm)};
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), stack.rows}), stats = new_stats(x, norm);
-  LinearArgs args = linear_args(x, norm, stats, stack.rows, gate, residual, out);
-  pack_weights(x, {{stack, packed, args.packed_out}});
-  run_linear(cpu::kernels().projection_workspace, cpu::kernels().projection_forward, args, x, args.channels);
-  return {out, stats};
+  return project(x, Rows(x), stack, norm, {}, residual, gate, packed);
+}
+
+// The two linear layers of a feed-forward with their packed forms, if the caller keeps these, and what is between them.
+struct FeedForward {
+  Stack first, second;
+  Activation activation;
+  OptionalTensor packed_1, packed_2;
+
+  FeedForward(const Tensor& x, const Tensor& w1, const OptionalTensor& b1, const Tensor& w2, const OptionalTensor& b2,
+              int64_t activation, OptionalTensor packed_1, OptionalTensor packed_2)
+      : first({w1}, {b1}, x.size(2), x.scalar_type()),
+        second({w2}, {b2}, first.rows, x.scalar_type()),
+        activation(static_cast<Activation>(activation)),
+        packed_1(std::move(packed_1)),
+        packed_2(std::move(packed_2)) {
+    STD_TORCH_CHECK(first.rows > 0, "w1 must have shape [H, C]");
+    STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
+  }
+};
+
+// What feed_forward computes, the statistics of its norm, and the hidden layer before the activation if `saves`.
+std::tuple<Tensor, Tensor, Tensor> feed(const Tensor& x, const Rows& rows, const FeedForward& op, const NormRule& norm,
+                                        const std::optional<Dropout>& dropout, const OptionalTensor& gate,
+                                        bool residual, bool saves, Tensor* ungated = nullptr) {
+  const Stack &first = op.first, &second = op.second;
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), second.rows}), stats = new_stats(x, norm);
+  Tensor hidden = torch::stable::new_empty(x, {saves ? x.size(0) : 0, x.size(1), first.rows});
+  LinearArgs args = linear_args(x, rows, norm, stats, second.rows, dropout, gate,
+                                residual ? OptionalTensor(x) : OptionalTensor(), out);
+  if (ungated) set_ungated(out, *ungated, args);
+  args.activation = op.activation;
+  args.hidden = first.rows;
+  args.pre_activation = saves ? hidden.data_ptr() : nullptr;
+  pack_weights(x, {{first, op.packed_1, args.packed_hidden}, {second, op.packed_2, args.packed_out}});
+  run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
+             (args.channels + args.out_channels + 1) / 2);
+  return {out, stats, hidden};
 }
 
 std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tensor& w1, OptionalTensor b1,
@@ -700,46 +779,8 @@ std::tuple<Tensor, Tensor, Tensor> feed_forward_cpu(const Tensor& x, const Tenso
                                                     bool save_hidden, OptionalTensor packed_1,
                                                     OptionalTensor packed_2) {
   check_signal(x);
-  STD_TORCH_CHECK(w1.dim() == 2 && w1.size(0) > 0, "w1 must have shape [H, C]");
-  STD_TORCH_CHECK(activation >= 1 && activation <= 3, "activation must be 1, 2 or 3, got ", activation);
-  const NormRule norm = {scale, shift, eps};
-  const Stack first({w1}, {b1}, x.size(2), x.scalar_type()), second({w2}, {b2}, first.rows, x.scalar_type());
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1), second.rows}), stats = new_stats(x, norm);
-  Tensor hidden = torch::stable::new_empty(x, {save_hidden ? x.size(0) : 0, x.size(1), first.rows});
-  LinearArgs args =
-      linear_args(x, norm, stats, second.rows, gate, residual ? OptionalTensor(x) : OptionalTensor(), out);
-  args.activation = static_cast<Activation>(activation);
-  args.hidden = first.rows;
-  args.pre_activation = save_hidden ? hidden.data_ptr() : nullptr;
-  pack_weights(x, {{first, packed_1, args.packed_hidden}, {second, packed_2, args.packed_out}});
-  run_linear(cpu::kernels().feed_forward_workspace, cpu::kernels().feed_forward_forward, args, x,
-             (args.channels + args.out_channels + 1) / 2);
-  return {out, stats, hidden};
-}
-
-// A transformer block: projection, self_attention, projection and feed_forward.  `weights` and `biases` are those of q,
-// k, v, out and the two of feed_forward, `norms` scale and shift of the two norms, `packed` of qkv and of the others.
-Tensor transformer_block_cpu(const Tensor& x, std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
-                             std::vector<OptionalTensor> norms, double eps_1, double eps_2,
-                             std::vector<OptionalTensor> gates, int64_t heads, int64_t activation,
-                             OptionalTensor lengths, std::optional<std::vector<int64_t>> sizes, int64_t chunk_size,
-                             double scale, OptionalTensor rotary, std::vector<OptionalTensor> packed) {
-  STD_TORCH_CHECK(
-      weights.size() == 6 && biases.size() == 6 && norms.size() == 4 && gates.size() == 2 && packed.size() == 4,
-      "weights, biases, norms, gates and packed must be 6, 6, 4, 2 and 4");
-  check_signal(x);
-  const int64_t batch = x.size(0), frames = x.size(1), inner = weights[0].size(0);
-  STD_TORCH_CHECK(heads > 0 && inner % heads == 0, "heads must divide the width of q, ", inner, ", got ", heads);
-  const Tensor qkv =
-      std::get<0>(projection_cpu(x, {weights[0], weights[1], weights[2]}, {biases[0], biases[1], biases[2]}, norms[0],
-                                 norms[1], eps_1, {}, {}, packed[0]));
-  const Tensor attended =
-      std::get<0>(self_attention_cpu(torch::stable::view(qkv, {batch, frames, 3, heads, inner / heads}), lengths,
-                                     std::move(sizes), chunk_size, scale, rotary));
-  const Tensor middle = std::get<0>(projection_cpu(torch::stable::view(attended, {batch, frames, inner}), {weights[3]},
-                                                   {biases[3]}, {}, {}, {}, x, gates[0], packed[1]));
-  return std::get<0>(feed_forward_cpu(middle, weights[4], biases[4], weights[5], biases[5], activation, norms[2],
-                                      norms[3], eps_2, gates[1], true, false, packed[2], packed[3]));
+  const FeedForward op(x, w1, b1, w2, b2, activation, packed_1, packed_2);
+  return feed(x, Rows(x), op, {scale, shift, eps}, {}, gate, residual, save_hidden);
 }
 
 void check_wide(const char* name, const Tensor& x, const std::vector<int64_t>& shape, const Tensor& like) {
@@ -747,31 +788,44 @@ void check_wide(const char* name, const Tensor& x, const std::vector<int64_t>& s
   STD_TORCH_CHECK(x.is_contiguous(), name, " must be contiguous");
 }
 
-std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const Tensor& x, const Tensor& stats,
-                                                     OptionalTensor scale, OptionalTensor shift,
-                                                     OptionalTensor grad_residual) {
+// Where the chunks of norm_backward begin that each row has, then the end.
+std::vector<int64_t> chunks_of(const Rows& rows) {
+  std::vector<int64_t> starts = {0};
+  for (int64_t row = 0; row < rows.count(); ++row)
+    starts.push_back(starts.back() + ceil_div(rows.size(row), kNormChunk));
+  return starts;
+}
+
+// The gradient of x, the normalised x, and for every chunk of frames what norm_backward sums up, [chunks, 2, C].
+std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const Tensor& x, const Rows& rows,
+                                                     const std::vector<int64_t>& chunks, const Tensor& stats,
+                                                     const OptionalTensor& scale, const OptionalTensor& shift,
+                                                     const OptionalTensor& grad_residual) {
   check_signal(x);
-  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2), chunks = ceil_div(frames, kNormChunk);
+  const int64_t batch = x.size(0), frames = x.size(1), channels = x.size(2);
   const std::vector<int64_t> shape = {batch, frames, channels};
   check_wide("x", x, shape, x);
   check_wide("grad", grad, shape, x);
   check_wide("stats", stats, {2, batch, frames}, x);
   if (grad_residual) check_wide("grad_residual", *grad_residual, shape, x);
   Tensor grad_x = torch::stable::new_empty(x, shape), normalised = torch::stable::new_empty(x, shape);
-  Tensor sums = torch::stable::new_empty(x, {batch, chunks, 2, channels});
+  Tensor sums = torch::stable::new_empty(x, {chunks.back(), 2, channels});
   const NormBackwardArgs args = {batch,
                                  frames,
                                  channels,
                                  grad.data_ptr(),
                                  x.data_ptr(),
                                  stats.data_ptr(),
-                                 vectors_of("scale", scale, batch, channels, x.scalar_type()),
-                                 vectors_of("shift", shift, batch, channels, x.scalar_type()),
+                                 vectors_of("scale", scale, rows.count(), channels, x.scalar_type()),
+                                 vectors_of("shift", shift, rows.count(), channels, x.scalar_type()),
                                  grad_residual ? grad_residual->data_ptr() : nullptr,
                                  grad_x.data_ptr(),
                                  normalised.data_ptr(),
-                                 sums.data_ptr()};
-  const int64_t tasks = batch * chunks, workers = min_of(torch::stable::get_num_threads(), tasks);
+                                 sums.data_ptr(),
+                                 rows.count(),
+                                 rows.starts.data(),
+                                 chunks.data()};
+  const int64_t tasks = chunks.back(), workers = min_of(torch::stable::get_num_threads(), tasks);
   const int64_t bytes = 2 * channels * x.element_size();
   char* const memory = scratch<Scratch::threads>(workers * bytes);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -781,17 +835,20 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_cpu(const Tensor& grad, const T
   return {grad_x, normalised, sums};
 }
 
-std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Tensor& hidden, int64_t activation) {
+// What the activation gives, and the gradient of what went into it.
+std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Tensor& hidden, Activation activation,
+                                                   const std::optional<Dropout>& dropout) {
   check_signal(hidden);
   const std::vector<int64_t> shape = {hidden.size(0), hidden.size(1), hidden.size(2)};
   check_wide("hidden", hidden, shape, hidden);
   check_wide("grad", grad, shape, hidden);
   Tensor activated = torch::stable::new_empty(hidden, shape), grad_hidden = torch::stable::new_empty(hidden, shape);
-  const ActivationBackwardArgs args = {static_cast<Activation>(activation), grad.data_ptr(), hidden.data_ptr(),
-                                       activated.data_ptr(), grad_hidden.data_ptr()};
-  torch::stable::parallel_for(0, hidden.numel(), kGrain, [&](int64_t begin, int64_t end) {
-    cpu::kernels().activation_backward(args, dtype_of(hidden), begin, end);
-  });
+  const ActivationBackwardArgs args = {
+      activation,     grad.data_ptr(),     hidden.data_ptr(),          activated.data_ptr(), grad_hidden.data_ptr(),
+      hidden.numel(), dropout.has_value(), dropout.value_or(Dropout{})};
+  torch::stable::parallel_for(
+      0, ceil_div(args.count, kDropoutGroup), ceil_div(kGrain, kDropoutGroup),
+      [&](int64_t begin, int64_t end) { cpu::kernels().activation_backward(args, dtype_of(hidden), begin, end); });
   return {activated, grad_hidden};
 }
 
@@ -835,38 +892,55 @@ Tensor gradient_of_weight(const Tensor& grad, const Tensor& x) {
 // What is not wanted, or not there.
 Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
 
-// The sums of columns [0, columns) of `rows` rows from x on; `stride` elements lie between two rows.
-void sum_columns(const void* x, int64_t rows, int64_t stride, int64_t columns, Dtype dtype, void* sums) {
+// The sums of columns [0, columns) of `rows` rows from x on, or of x * y; `stride` elements lie between two rows.
+void sum_columns(const void* x, int64_t rows, int64_t stride, int64_t columns, Dtype dtype, void* sums,
+                 const void* y = nullptr) {
   torch::stable::parallel_for(0, columns, max_of(64, kGrain / max_of(rows, 1)), [&](int64_t begin, int64_t end) {
-    cpu::kernels().column_sums(x, rows, stride, dtype, sums, begin, end);
+    cpu::kernels().column_sums(x, y, rows, stride, dtype, sums, begin, end);
   });
+}
+
+// The frames of row b of [B, T, C].
+Tensor row_of(const Tensor& x, const Rows& rows, int64_t b) {
+  Tensor matrix = as_matrix(x);
+  return torch::stable::narrow(matrix, 0, rows.starts[b], rows.size(b));
 }
 
 struct GradientOfLinear {
   Tensor weight, bias, gate;
 };
 
-// Of gate * (x @ weight.T + bias), from the gradient of the result.
-GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                    const OptionalTensor& bias, const OptionalTensor& gate, bool wants_bias) {
-  const int64_t batch = x.size(0), frames = x.size(1), rows = weight.size(0), channels = weight.size(1);
+// Of gate * (x @ weight.T + bias), from the gradient of the result, and with a gate that times it, `scaled`.  If
+// `added` is the product, the gate needs no products of each row.
+GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& scaled, const Tensor& x, const Rows& batch,
+                                    const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& gate,
+                                    bool wants_bias, const OptionalTensor& added = {}) {
+  const int64_t rows = weight.size(0), channels = weight.size(1);
   const Dtype dtype = dtype_of(grad);
+  if (gate && added && added->numel()) {
+    GradientOfLinear found = gradient_of_linear(scaled, scaled, x, batch, weight, bias, {}, wants_bias);
+    found.gate = torch::stable::new_empty(x, {batch.count(), rows});
+    for (int64_t b = 0; b < batch.count(); ++b)
+      sum_columns(row_of(grad, batch, b).data_ptr(), batch.size(b), rows, rows, dtype,
+                  torch::stable::select(found.gate, 0, b).data_ptr(), row_of(*added, batch, b).data_ptr());
+    return found;
+  }
   if (!gate) {
     Tensor sums = torch::stable::new_empty(x, {wants_bias ? rows : 0});
-    if (wants_bias) sum_columns(grad.data_ptr(), batch * frames, rows, rows, dtype, sums.data_ptr());
+    if (wants_bias) sum_columns(grad.data_ptr(), batch.starts.back(), rows, rows, dtype, sums.data_ptr());
     return {gradient_of_weight(grad, x), sums, nothing(x)};
   }
-  check_tensor("gate", *gate, {batch, rows}, x.scalar_type());
+  check_tensor("gate", *gate, {batch.count(), rows}, x.scalar_type());
   if (bias) check_tensor("bias", *bias, {rows}, x.scalar_type());
   GradientOfLinear found = {torch::stable::new_zeros(x, {rows, channels}), torch::stable::new_zeros(x, {rows}),
-                            torch::stable::new_empty(x, {batch, rows})};
+                            torch::stable::new_empty(x, {batch.count(), rows})};
   const Tensor sums = torch::stable::new_empty(x, {rows}), dense_weight = torch::stable::contiguous(weight),
                dense_gate = torch::stable::contiguous(*gate);
   const OptionalTensor dense_bias = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : OptionalTensor();
-  for (int64_t b = 0; b < batch; ++b) {
-    const Tensor grad_row = torch::stable::select(grad, 0, b);
-    const Tensor products = torch::stable::matmul(transposed(grad_row), torch::stable::select(x, 0, b));
-    sum_columns(grad_row.data_ptr(), frames, rows, rows, dtype, sums.data_ptr());
+  for (int64_t b = 0; b < batch.count(); ++b) {
+    const Tensor grad_row = row_of(grad, batch, b);
+    const Tensor products = torch::stable::matmul(transposed(grad_row), row_of(x, batch, b));
+    sum_columns(grad_row.data_ptr(), batch.size(b), rows, rows, dtype, sums.data_ptr());
     const GatedGradientArgs args = {channels,
                                     products.data_ptr(),
                                     sums.data_ptr(),
@@ -883,16 +957,19 @@ GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& x, const T
   return found;
 }
 
-// The gradient of scale or shift, which is like one of them: [C], [B, C] or none; `sums` is norm_backward's.
-Tensor gradient_of_vectors(const OptionalTensor& like, const Tensor& sums, int64_t which) {
+// The gradient of scale or shift, which is like one of them: [C], [rows, C] or none; `sums` is norm_backward's.
+Tensor gradient_of_vectors(const OptionalTensor& like, const Tensor& sums, const std::vector<int64_t>& chunks,
+                           int64_t which) {
   if (!like) return nothing(sums);
-  const int64_t batch = sums.size(0), chunks = sums.size(1), channels = sums.size(3), size = sums.element_size();
+  const int64_t channels = sums.size(2), size = sums.element_size();
   Tensor result = torch::stable::new_empty(sums, like->sizes());
-  const int64_t groups = like->dim() == 2 ? batch : 1, rows = batch * chunks / max_of(groups, 1);
-  const char* from = static_cast<const char*>(sums.data_ptr()) + which * channels * size;
-  for (int64_t g = 0; g < groups; ++g)
-    sum_columns(from + g * rows * 2 * channels * size, rows, 2 * channels, channels, dtype_of(sums),
-                static_cast<char*>(result.data_ptr()) + g * channels * size);
+  const auto sum_chunks = [&](int64_t first, int64_t last, int64_t row) {
+    sum_columns(static_cast<const char*>(sums.data_ptr()) + (2 * first + which) * channels * size, last - first,
+                2 * channels, channels, dtype_of(sums), static_cast<char*>(result.data_ptr()) + row * channels * size);
+  };
+  if (like->dim() == 1) sum_chunks(0, chunks.back(), 0);
+  for (size_t row = 0; like->dim() == 2 && row + 1 < chunks.size(); ++row)
+    sum_chunks(chunks[row], chunks[row + 1], static_cast<int64_t>(row));
   return result;
 }
 
@@ -900,10 +977,13 @@ struct NormGradient {
   Tensor x, normalised, scale, shift;
 };
 
-NormGradient gradient_of_norm(const Tensor& grad, const Tensor& x, const Tensor& stats, const NormRule& norm,
-                              const OptionalTensor& grad_residual) {
-  const auto [grad_x, normalised, sums] = norm_backward_cpu(grad, x, stats, norm.scale, norm.shift, grad_residual);
-  return {grad_x, normalised, gradient_of_vectors(norm.scale, sums, 0), gradient_of_vectors(norm.shift, sums, 1)};
+NormGradient gradient_of_norm(const Tensor& grad, const Tensor& x, const Rows& rows, const Tensor& stats,
+                              const NormRule& norm, const OptionalTensor& grad_residual) {
+  const std::vector<int64_t> chunks = chunks_of(rows);
+  const auto [grad_x, normalised, sums] =
+      norm_backward_cpu(grad, x, rows, chunks, stats, norm.scale, norm.shift, grad_residual);
+  return {grad_x, normalised, gradient_of_vectors(norm.scale, sums, chunks, 0),
+          gradient_of_vectors(norm.shift, sums, chunks, 1)};
 }
 
 // Weights below each other, in memory of their own where they are several.
@@ -939,21 +1019,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> projection_backward_c
   const Stack stack(weights, std::vector<OptionalTensor>(weights.size()), x.size(2), x.scalar_type());
   check_gradient(grad, scaled, x, stack.rows);
   const Tensor weight = joined(weights);
+  const Rows rows(x);
   OptionalTensor grad_x;
   if (wants_x || normalises) grad_x = gradient_of_input(scaled, weight);
   NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
   if (normalises) {
-    norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, {});
+    norm = gradient_of_norm(*grad_x, x, rows, stats, {scale, shift, {}}, {});
     grad_x = norm.x;
   }
   GradientOfLinear linear = no_gradients(x);
-  if (wants_weights) linear = gradient_of_linear(grad, norm.normalised, weight, bias, gate, wants_bias);
+  if (wants_weights) linear = gradient_of_linear(grad, scaled, norm.normalised, rows, weight, bias, gate, wants_bias);
   return {grad_x.value_or(nothing(x)), linear.weight, linear.bias, linear.gate, norm.scale, norm.shift};
 }
 
 using FeedForwardGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The gradients of x, w1, b1, w2, b2, scale, shift and gate.
+// What a gradient says of feed_forward, in float32 or float64; `scaled` as for projection.
+struct FeedForwardBackward {
+  Tensor grad, scaled, x, stats, hidden, w1, w2;
+  OptionalTensor b2;
+  Activation activation;
+  std::optional<Dropout> dropout;
+  NormRule norm;
+  OptionalTensor gate, added;  // added: as for gradient_of_linear
+  bool normalises, residual, wants_x, wants_first, wants_second;
+
+  // The gradients of x, w1, b1, w2, b2, scale, shift and gate.
+  FeedForwardGradients run(const Rows& rows) const {
+    check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+    check_tensor("w1", w1, {w1.size(0), x.size(2)}, x.scalar_type());
+    check_tensor("w2", w2, {w2.size(0), w1.size(0)}, x.scalar_type());
+    check_gradient(grad, scaled, x, w2.size(0));
+    check_wide("hidden", hidden, {x.size(0), x.size(1), w1.size(0)}, x);
+    const auto [activated, grad_hidden] =
+        activation_backward_cpu(gradient_of_input(scaled, w2), hidden, activation, dropout);
+    GradientOfLinear first = no_gradients(x), second = no_gradients(x);
+    if (wants_second) second = gradient_of_linear(grad, scaled, activated, rows, w2, b2, gate, true, added);
+    Tensor grad_x = wants_x || normalises ? gradient_of_input(grad_hidden, w1) : nothing(x);
+    NormGradient of_norm = {nothing(x), x, nothing(x), nothing(x)};
+    if (normalises) {
+      of_norm = gradient_of_norm(grad_x, x, rows, stats, norm, residual ? OptionalTensor(grad) : OptionalTensor());
+      grad_x = of_norm.x;
+    }
+    if (wants_first) first = gradient_of_linear(grad_hidden, grad_hidden, of_norm.normalised, rows, w1, {}, {}, true);
+    return {grad_x, first.weight, first.bias, second.weight, second.bias, of_norm.scale, of_norm.shift, second.gate};
+  }
+};
+
 FeedForwardGradients feed_forward_backward_cpu(const Tensor& grad, const Tensor& scaled, const Tensor& x,
                                                const Tensor& stats, const Tensor& hidden, const Tensor& w1,
                                                const Tensor& w2, OptionalTensor b2, int64_t activation,
@@ -961,30 +1073,238 @@ FeedForwardGradients feed_forward_backward_cpu(const Tensor& grad, const Tensor&
                                                OptionalTensor gate, bool residual, bool wants_x, bool wants_first,
                                                bool wants_second) {
   check_signal(x);
-  check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
-  check_tensor("w1", w1, {w1.size(0), x.size(2)}, x.scalar_type());
-  check_tensor("w2", w2, {w2.size(0), w1.size(0)}, x.scalar_type());
-  check_gradient(grad, scaled, x, w2.size(0));
-  check_wide("hidden", hidden, {x.size(0), x.size(1), w1.size(0)}, x);
-  const auto [activated, grad_hidden] = activation_backward_cpu(gradient_of_input(scaled, w2), hidden, activation);
-  GradientOfLinear first = no_gradients(x), second = no_gradients(x);
-  if (wants_second) second = gradient_of_linear(grad, activated, w2, b2, gate, true);
-  OptionalTensor grad_x;
-  if (wants_x || normalises) grad_x = gradient_of_input(grad_hidden, w1);
-  NormGradient norm = {nothing(x), x, nothing(x), nothing(x)};
-  if (normalises) {
-    norm = gradient_of_norm(*grad_x, x, stats, {scale, shift, {}}, residual ? OptionalTensor(grad) : OptionalTensor());
-    grad_x = norm.x;
+  const FeedForwardBackward op = {grad,
+                                  scaled,
+                                  x,
+                                  stats,
+                                  hidden,
+                                  w1,
+                                  w2,
+                                  b2,
+                                  static_cast<Activation>(activation),
+                                  {},
+                                  {scale, shift, {}},
+                                  gate,
+                                  {},
+                                  normalises,
+                                  residual,
+                                  wants_x,
+                                  wants_first,
+                                  wants_second};
+  return op.run(Rows(x));
+}
+
+// ------------------------------------------------------------------------------------------------ transformer_block
+// Of contiguous x.
+Tensor drop(const Tensor& x, const Dropout& dropout) {
+  Tensor out = torch::stable::empty_like(x);
+  const DropoutArgs args = {dropout, x.numel(), x.data_ptr(), out.data_ptr()};
+  const Dtype dtype = dtype_of(x);
+  const auto run = cpu::kernels().dropout;
+  torch::stable::parallel_for(0, ceil_div(args.count, kDropoutGroup), ceil_div(kGrain, kDropoutGroup),
+                              [&](int64_t begin, int64_t end) { run(args, dtype, begin, end); });
+  return out;
+}
+
+std::optional<Dropout> optional_dropout(double rate, const OptionalTensor& seed) {
+  check_dropout("a rate", rate);
+  if (rate == 0) return {};
+  STD_TORCH_CHECK(seed, "dropout needs a seed");
+  return dropout_of(rate, *seed);
+}
+
+// projection, self_attention, projection and feed_forward.  `weights` and `biases` are those of q, k, v, out and the
+// two of feed_forward, `norms` scale and shift of the two norms; `rates` and `seeds` are those of the dropouts after
+// out and inside feed_forward; `packed` has the weights of qkv and of the others in packed form, or is empty.
+constexpr int64_t kAddedFrames = 2048;  // as in fastflow/ops/transformer_block.py
+struct TransformerBlock {
+  int64_t batch, frames, heads, inner;
+  Rows rows;
+  NormRule norm_1, norm_2;
+  SelfRule attention;
+  OptionalTensor gate_1, gate_2, packed_qkv, packed_out;
+  std::optional<Dropout> dropout_1, dropout_2;
+  std::vector<Tensor> weights_qkv;
+  std::vector<OptionalTensor> biases_qkv;
+  Tensor weight_out;
+  OptionalTensor bias_out;
+  Stack qkv, out;
+  FeedForward feed_forward;
+
+  TransformerBlock(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& biases,
+                   const std::vector<OptionalTensor>& norms, double eps_1, double eps_2,
+                   const std::vector<OptionalTensor>& gates, int64_t heads, int64_t activation, SelfRule attention,
+                   const std::vector<double>& rates, const std::vector<OptionalTensor>& seeds,
+                   std::vector<OptionalTensor> packed)
+      : batch(x.size(0)),
+        frames(x.size(1)),
+        heads(heads),
+        inner(weights.at(0).size(0)),
+        rows(x, attention.sizes),
+        norm_1{norms.at(0), norms.at(1), eps_1},
+        norm_2{norms.at(2), norms.at(3), eps_2},
+        attention(std::move(attention)),
+        gate_1(gates.at(0)),
+        gate_2(gates.at(1)),
+        packed_qkv(packed.at(0)),
+        packed_out(packed.at(1)),
+        dropout_1(optional_dropout(rates.at(0), seeds.at(0))),
+        dropout_2(optional_dropout(rates.at(1), seeds.at(1))),
+        weights_qkv(weights.begin(), weights.begin() + 3),
+        biases_qkv(biases.begin(), biases.begin() + 3),
+        qkv(weights_qkv, biases_qkv, x.size(2), x.scalar_type()),
+        out({weights.at(3)}, {biases.at(3)}, inner, x.scalar_type()),
+        feed_forward(x, weights.at(4), biases.at(4), weights.at(5), biases.at(5), activation, packed.at(2),
+                     packed.at(3)) {
+    STD_TORCH_CHECK(heads > 0 && inner % heads == 0, "heads must divide the width of q, ", inner, ", got ", heads);
   }
-  if (wants_first) first = gradient_of_linear(grad_hidden, norm.normalised, w1, {}, {}, true);
-  return {grad_x.value_or(nothing(x)),
-          first.weight,
-          first.bias,
-          second.weight,
-          second.bias,
-          norm.scale,
-          norm.shift,
-          second.gate};
+  // Whether the gradients of gates come from what they scale, which is kept or computed again.  Else they come from
+  // products of each row, whose way through memory costs the less the more frames there are.  It depends on the shape
+  // alone, so that the gradients are the same whatever is kept.
+  bool keeps_added() const { return batch * frames <= kAddedFrames; }
+};
+// What the backward pass reads besides x; a tensor that was not kept is empty.
+struct BlockState {
+  Tensor stats_1, qkv, attended, lse, middle, stats_2, hidden;
+  Tensor added_1, added_2;  // what is added to x, before the gates
+};
+
+void find_qkv(const TransformerBlock& op, const Tensor& x, BlockState& state) {
+  const auto [qkv, stats] = project(x, op.rows, op.qkv, op.norm_1, {}, {}, {}, op.packed_qkv);
+  state.qkv = torch::stable::view(qkv, {op.batch, op.frames, 3, op.heads, op.inner / op.heads});
+  state.stats_1 = stats;
+}
+
+// The block up to its second half; `added` as for project.
+void find_middle(const TransformerBlock& op, const Tensor& x, BlockState& state, Tensor* added) {
+  const auto& [lengths, sizes, chunk_size, scale, rotary] = op.attention;
+  find_qkv(op, x, state);
+  std::tie(state.attended, state.lse) = self_attention_cpu(state.qkv, lengths, sizes, chunk_size, scale, rotary);
+  const Tensor attended = torch::stable::view(state.attended, {op.batch, op.frames, op.inner});
+  state.middle = std::get<0>(project(attended, op.rows, op.out, {}, op.dropout_1, x, op.gate_1, op.packed_out, added));
+}
+
+constexpr int64_t kKeepQkv = 2, kKeepHidden = 4;  // bits, as in fastflow/ops/transformer_block.py
+
+// The result and, unless `keep` is 0, the state; what of it is not kept is empty.
+std::vector<Tensor> transformer_block_cpu(const Tensor& x, std::vector<Tensor> weights,
+                                          std::vector<OptionalTensor> biases, std::vector<OptionalTensor> norms,
+                                          double eps_1, double eps_2, std::vector<OptionalTensor> gates, int64_t heads,
+                                          int64_t activation, OptionalTensor lengths,
+                                          std::optional<std::vector<int64_t>> sizes, int64_t chunk_size, double scale,
+                                          OptionalTensor rotary, std::vector<double> rates,
+                                          std::vector<OptionalTensor> seeds, std::vector<OptionalTensor> packed,
+                                          int64_t keep) {
+  check_signal(x);
+  const TransformerBlock op(x, weights, biases, norms, eps_1, eps_2, gates, heads, activation,
+                            {lengths, std::move(sizes), chunk_size, scale, rotary}, rates, seeds, packed);
+  BlockState state;
+  state.added_1 = state.added_2 = nothing(x);
+  const bool added = keep && op.keeps_added();
+  find_middle(op, x, state, added && op.gate_1 ? &state.added_1 : nullptr);
+  const auto [out, stats_2, hidden] = feed(state.middle, op.rows, op.feed_forward, op.norm_2, op.dropout_2, op.gate_2,
+                                           true, keep & kKeepHidden, added && op.gate_2 ? &state.added_2 : nullptr);
+  if (!keep) return {out};
+  return {out,          state.stats_1, keep & kKeepQkv ? state.qkv : nothing(x), state.attended, state.lse,
+          state.middle, stats_2,       keep & kKeepHidden ? hidden : nothing(x), state.added_1,  state.added_2};
+}
+
+// The state that was kept, with the rest computed again; `kept` is what transformer_block gave, but for the result.
+BlockState restored_state(const TransformerBlock& op, const Tensor& x, const std::vector<Tensor>& kept) {
+  BlockState state;
+  const bool has_inputs = !kept.empty();
+  if (has_inputs) {
+    STD_TORCH_CHECK(kept.size() == 9, "the state must be 9 tensors or none, got ", kept.size());
+    state = {kept[0], kept[1], kept[2], kept[3], kept[4], kept[5], kept[6], kept[7], kept[8]};
+    if (!state.qkv.numel()) find_qkv(op, x, state);
+  } else {
+    state.added_1 = state.added_2 = nothing(x);
+    find_middle(op, x, state, op.gate_1 && op.keeps_added() ? &state.added_1 : nullptr);
+  }
+  if (!has_inputs && op.gate_2 && op.keeps_added())
+    std::tie(std::ignore, state.stats_2, state.hidden) =
+        feed(state.middle, op.rows, op.feed_forward, op.norm_2, op.dropout_2, op.gate_2, true, true, &state.added_2);
+  else if (!has_inputs || !state.hidden.numel())
+    std::tie(state.hidden, state.stats_2) =
+        project(state.middle, op.rows, op.feed_forward.first, op.norm_2, {}, {}, {}, op.feed_forward.packed_1);
+  return state;
+}
+
+Tensor dropped(const Tensor& grad, const std::optional<Dropout>& dropout) {
+  return dropout ? drop(grad, *dropout) : grad;
+}
+
+// grad * gate, with the gate of each row.
+Tensor gated(const Tensor& grad, const Rows& rows, const OptionalTensor& gate) {
+  if (!gate) return grad;
+  const int64_t channels = grad.size(2);
+  Tensor out = torch::stable::empty_like(grad);
+  const Vectors vectors = vectors_of("gate", gate, rows.count(), channels, grad.scalar_type());
+  const GatedFramesArgs args = {channels, grad.data_ptr(), vectors, rows.count(), rows.starts.data(), out.data_ptr()};
+  torch::stable::parallel_for(0, rows.starts.back(), max_of(1, kGrain / channels), [&](int64_t begin, int64_t end) {
+    cpu::kernels().gate_frames(args, dtype_of(grad), begin, end);
+  });
+  return out;
+}
+
+// Bits of what the caller wants of transformer_block_backward.
+constexpr int64_t kWantQkv = 1, kWantOut = 2, kWantFirst = 4, kWantSecond = 8;
+
+// The gradients of x; the weights and biases of qkv, as one each, of out and of the two of feed_forward; scale and
+// shift of the norms; and the gates.  What is not wanted or does not exist has the shape [0].  In float32 or float64.
+std::vector<Tensor> transformer_block_backward_cpu(const Tensor& grad, const Tensor& x, std::vector<Tensor> kept,
+                                                   std::vector<Tensor> weights, std::vector<OptionalTensor> biases,
+                                                   std::vector<OptionalTensor> norms, double eps_1, double eps_2,
+                                                   std::vector<OptionalTensor> gates, int64_t heads, int64_t activation,
+                                                   OptionalTensor lengths, std::optional<std::vector<int64_t>> sizes,
+                                                   int64_t chunk_size, double scale, OptionalTensor rotary,
+                                                   std::vector<double> rates, std::vector<OptionalTensor> seeds,
+                                                   int64_t wanted) {
+  check_signal(x);
+  check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+  const TransformerBlock op(x, weights, biases, norms, eps_1, eps_2, gates, heads, activation,
+                            {lengths, sizes, chunk_size, scale, rotary}, rates, seeds, {{}, {}, {}, {}});
+  const BlockState state = restored_state(op, x, kept);
+  const auto [grad_middle, w1, b1, w2, b2, scale_2, shift_2, gate_2] =
+      FeedForwardBackward{grad,
+                          gated(grad, op.rows, op.gate_2),
+                          state.middle,
+                          state.stats_2,
+                          state.hidden,
+                          weights[4],
+                          weights[5],
+                          biases[5],
+                          op.feed_forward.activation,
+                          op.dropout_2,
+                          op.norm_2,
+                          op.gate_2,
+                          state.added_2,
+                          true,
+                          true,
+                          true,
+                          (wanted & kWantFirst) != 0,
+                          (wanted & kWantSecond) != 0}
+          .run(op.rows);
+  const Tensor of_out = dropped(grad_middle, op.dropout_1);
+  const Tensor attended = torch::stable::view(state.attended, {op.batch, op.frames, op.inner});
+  GradientOfLinear out = no_gradients(x), first = no_gradients(x);
+  const Tensor scaled = gated(of_out, op.rows, op.gate_1);
+  if (wanted & kWantOut)  // what was kept for the gate is dropped already
+    out = gradient_of_linear(state.added_1.numel() ? grad_middle : of_out, scaled, attended, op.rows, weights[3],
+                             biases[3], op.gate_1, true, state.added_1);
+  const Tensor grad_attended = gradient_of_input(scaled, weights[3]);
+  const Tensor grad_qkv = torch::stable::view(
+      self_attention_backward_cpu(torch::stable::view(grad_attended, state.attended.sizes()), state.attended, state.lse,
+                                  state.qkv, lengths, sizes, chunk_size, scale, rotary),
+      {op.batch, op.frames, 3 * op.inner});
+  const Tensor weight = joined(op.weights_qkv);
+  const NormGradient norm =
+      gradient_of_norm(gradient_of_input(grad_qkv, weight), x, op.rows, state.stats_1, op.norm_1, grad_middle);
+  if (wanted & kWantQkv)
+    first =
+        gradient_of_linear(grad_qkv, grad_qkv, norm.normalised, op.rows, weight, {}, {}, op.biases_qkv[0].has_value());
+  return {norm.x, first.weight, first.bias, out.weight, out.bias, w1,       b1,    w2,
+          b2,     norm.scale,   norm.shift, scale_2,    shift_2,  out.gate, gate_2};
 }
 
 // ------------------------------------------------------------------------------------------------ conv_block
@@ -1162,14 +1482,7 @@ std::tuple<Tensor, Tensor> euler_step_cpu(const Tensor& x, const Tensor& velocit
 Tensor dropout_cpu(const Tensor& x, double p, const Tensor& seed) {
   STD_TORCH_CHECK(x.is_cpu(), "x must be on the CPU");
   check_dropout("p", p);
-  const Tensor dense = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty_like(dense);
-  const DropoutArgs args = {dropout_of(p, seed), x.numel(), dense.data_ptr(), out.data_ptr()};
-  const Dtype dtype = dtype_of(x);
-  const auto run = cpu::kernels().dropout;
-  torch::stable::parallel_for(0, ceil_div(args.count, kDropoutGroup), ceil_div(kGrain, kDropoutGroup),
-                              [&](int64_t begin, int64_t end) { run(args, dtype, begin, end); });
-  return out;
+  return drop(torch::stable::contiguous(x), dropout_of(p, seed));
 }
 
 #ifdef FASTFLOW_CUDA
@@ -1488,6 +1801,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("projection", TORCH_BOX(&projection_cpu));
   m.impl("feed_forward", TORCH_BOX(&feed_forward_cpu));
   m.impl("transformer_block", TORCH_BOX(&transformer_block_cpu));
+  m.impl("transformer_block_backward", TORCH_BOX(&transformer_block_backward_cpu));
   m.impl("projection_backward", TORCH_BOX(&projection_backward_cpu));
   m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "dropout.h"
 
 namespace fastflow {
 
@@ -37,6 +38,7 @@ struct Weights {
 struct LinearArgs {
   int64_t batch, frames;
   Signal x;
+  const int64_t* row_of;  // each frame's row of the vectors, where rows lie one after the other in one of x; or null
 
   bool norm;  // of x, over its channels
   Vectors scale, shift;
@@ -49,7 +51,10 @@ struct LinearArgs {
   const void *packed_hidden, *packed_out;  // by Kernels::pack
   void* pre_activation;                    // [B, T, hidden], or null
 
+  bool drops;
+  Dropout dropout;  // if it drops any: of the result, before the gate; in feed_forward of what the activation gives
   Vectors gate;     // of the result
+  void* ungated;    // the result before it, [B, T, out_channels], or null
   Signal residual;  // added to it, or null
   void* out;        // [B, T, out_channels]
 
@@ -64,6 +69,10 @@ struct NormBackwardArgs {
   const void* grad_residual;  // added to grad_x, or null
   void *grad_x, *normalised;  // [B, T, C]
   void* sums;                 // [B, ceil(T / kNormChunk), 2, C]: of grad * (x - mean) / deviation, and of grad
+  // On the CPU, of the rows that scale and shift have, which may lie one after the other in one of x: where each begins
+  // among all frames, and its first chunk among all chunks; then the end.
+  int64_t rows;
+  const int64_t *starts, *chunk_starts;
 };
 constexpr int64_t kNormChunk = 16;  // as in fastflow/ops/norm.py
 
@@ -91,6 +100,20 @@ struct ActivationBackwardArgs {
   Activation activation;
   const void *grad, *pre_activation;
   void *activated, *grad_pre_activation;
+  // On the CPU.
+  int64_t count;  // of numbers
+  bool drops;
+  Dropout dropout;  // of what the activation gives, if it drops any
+};
+
+// out = grad * gate, with the gate of a frame's row.  On the CPU; contiguous, in float32 or float64.
+struct GatedFramesArgs {
+  int64_t channels;
+  const void* grad;
+  Vectors gate;
+  int64_t rows;
+  const int64_t* starts;  // as in NormBackwardArgs
+  void* out;
 };
 
 // The passes of a GPU beside these two; what is not a Signal or Vectors is contiguous.

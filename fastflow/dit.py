@@ -214,6 +214,9 @@ class DiTBlock(Block):
     def draws(self) -> bool:
         return active(self.attn.to_out[1]) or active(self.ff.ff[1])
 
+    def is_one_op(self, x: Tensor) -> bool:
+        return is_one_op(x, [(self.attn, Attention), (self.ff, FeedForward)], self.draws)
+
     def _compute(  # type: ignore[override]
         self,
         x: Tensor,
@@ -226,10 +229,12 @@ class DiTBlock(Block):
         """``modulation``: ``[B, 6 * dim]``, what ``attn_norm`` gives."""
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, -1)
         norms, gates = (modulated(shift_attn, scale_attn), modulated(shift_ff, scale_ff)), (gate_attn, gate_ff)
-        if packing is None and is_one_op([(self.attn, Attention), (self.ff, FeedForward)], self.draws):
-            rule: dict[str, Any] = {"heads": self.attn.heads, "activation": self.ff.activation, "gates": gates}
-            linears = *self.attn.linears, *self.ff.linears
-            return transform(x, linears, norms, lengths=lengths, chunk_size=chunk_size, rotary=rotary, **rule)
+        if self.is_one_op(x):
+            linears, dropouts = (*self.attn.linears, *self.ff.linears), (self.attn.to_out[1], self.ff.ff[1])
+            mask: dict[str, Any] = {"lengths": lengths, "chunk_size": chunk_size, "packing": packing, "rotary": rotary}
+            mask |= {"keep": self.kept_parts(self.attn, self.ff, x)}
+            rule: dict[str, Any] = {"gates": gates, "heads": self.attn.heads, "activation": self.ff.activation}
+            return transform(x, linears, dropouts, norms, **rule, **mask)
         x = self.attn(x, norms[0], gates[0], lengths, chunk_size, rotary, packing)
         return self.ff(x, norms[1], gates[1], packing)
 

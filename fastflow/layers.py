@@ -22,7 +22,7 @@ from fastflow.ops.feed_forward import ACTIVATIONS, feed_forward
 from fastflow.ops.half import autocast_fitted, computes_half, linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
-from fastflow.ops.transformer_block import transformer_block
+from fastflow.ops.transformer_block import Part, is_fused, transformer_block
 from fastflow.padding import Packing, normalised, pack, scaled
 from fastflow.recompute import records, replayed
 
@@ -71,14 +71,19 @@ def plain(layer: Any, kind: type[nn.Module] = nn.Linear) -> Any:
     return layer
 
 
+def rate_of(dropout: nn.Module | None) -> float:
+    """The share of its input that a dropout drops, 0 in eval mode or without one."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 def active(dropout: nn.Module | None) -> bool:
     """Whether a dropout drops anything."""
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return rate_of(dropout) > 0
 
 
 def drop(x: Tensor, layer: nn.Module | None) -> Tensor:
     """What a dropout layer makes of x; x itself without one."""
-    return dropout(x, layer.p) if isinstance(layer, nn.Dropout) and active(layer) else x
+    return dropout(x, rate_of(layer)) if active(layer) else x
 
 
 def project_residual(
@@ -99,17 +104,17 @@ def project_residual(
     return saturated(x + scaled(drop(projection(y, [layer.weight], [layer.bias]), last), gate, packing))
 
 
-def is_one_op(parts: Sequence[tuple[nn.Module, type[nn.Module]]], draws: bool) -> bool:
-    """Whether a transformer block of these parts may be one op, which calls none of them.
+def is_one_op(x: Tensor, parts: Sequence[tuple[nn.Module, type[nn.Module]]], drops: bool) -> bool:
+    """Whether a transformer block of these parts may be one op on x, which calls none of them.
 
-    So it is in inference, unless a part does something else than its class, or a hook listens to it.
+    So it may, unless a part does something else than its class, or a hook listens to it.
     """
-    if torch.is_grad_enabled() or draws or _has_any_global_hook():
+    if _has_any_global_hook() or ((torch.is_grad_enabled() or drops) and not is_fused(x)):
         return False
     return all(
         type(part).forward is kind.forward
         and "forward" not in vars(part)
-        and not (part._forward_hooks or part._forward_pre_hooks)
+        and not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
         for part, kind in parts
     )
 
@@ -117,8 +122,10 @@ def is_one_op(parts: Sequence[tuple[nn.Module, type[nn.Module]]], draws: bool) -
 def transform(
     x: Tensor,
     linears: Sequence[nn.Linear],
+    dropouts: Sequence[nn.Module],
     norms: tuple[Norm, Norm],
     *,
+    keep: Sequence[Part],
     lengths: Tensor,
     packing: Packing | None = None,
     **options: Any,
@@ -126,12 +133,14 @@ def transform(
     """The transformer block of the layers of q, k, v, out and the two of the feed-forward.
 
     Args:
+        dropouts: after out and inside the feed-forward.
         packing: of x and of the result.
-        lengths, options: as for :func:`transformer_block`.
+        keep, lengths, options: as for :func:`transformer_block`.
     """
     options |= {"lengths": lengths} if packing is None else {"sizes": packing.sizes}
     weights, biases = [plain(layer).weight for layer in linears], [layer.bias for layer in linears]
-    return transformer_block(x, weights, biases, norms=norms, **options)
+    after, inside = (rate_of(layer) for layer in dropouts)
+    return transformer_block(x, weights, biases, norms=norms, rates=(after, inside), keep=keep, **options)
 
 
 def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:

@@ -20,6 +20,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from fastflow.ops.transformer_block import Part
+
 Mode = Literal["auto", "none", "selective", "block"]
 MODES: tuple[str, ...] = get_args(Mode)
 LARGE = 2048  # frames of a part's input, beyond which ``auto`` keeps less
@@ -83,10 +85,25 @@ class Block(Recomputing):
         """Whether a call draws from torch's generators: a dropout does."""
         return False
 
+    def is_one_op(self, x: Tensor) -> bool:
+        """Whether ``_compute`` is one op on x, :func:`transformer_block`, which restores by itself what is not kept."""
+        return False
+
+    def kept_parts(self, attention: Recomputing, feed_forward: Recomputing, x: Tensor) -> list[Part]:
+        """What that op is to keep."""
+        if self.recompute == "block":
+            return []
+        parts: dict[Part, bool] = {
+            "inputs": True,
+            "qkv": attention.keeps_heads(x),
+            "hidden": feed_forward.keeps_products,
+        }
+        return [part for part, is_kept in parts.items() if is_kept]
+
     def _compute(self, x: Tensor, *args: Any) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if self.recompute == "block" and records(self, x):
+        if self.recompute == "block" and not self.is_one_op(x) and records(self, x):
             return replayed(self._compute, x, *args, draws=self.draws)
         return self._compute(x, *args)

@@ -21,15 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastflow import config
+from fastflow import config, dit, unet
 from fastflow.backend import current_backend
 from fastflow.flow import N_TIMESTEPS
 from fastflow.length_regulator import MEL_RATE
+from fastflow.ops.norm import Norm
 from fastflow.recompute import MODES, Block
 from fastflow.testing.counters import Counts, SavedTensors, current_module
 
 GUIDED_ROWS = 2  # with and without condition
 ESTIMATOR = "decoder.estimator"
+HALVES = (unet.Attention, unet.FeedForward, dit.Attention, dit.FeedForward)  # of blocks that are one op
 ADAM_BYTES = 16  # of a parameter in float32: itself, its gradient, two moments
 USABLE = 0.9  # of a GPU's memory; the rest is for the CUDA context, workspaces and what fragmentation wastes
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -143,7 +145,7 @@ def _measure(spec: config.Spec, rows: int, frames: int) -> tuple[nn.Module, Coun
             with (
                 fake,
                 _tracing(),
-                current_module(flow) as where,
+                current_module(flow, HALVES) as where,
                 SavedTensors(flow.parameters(), where) as tensors,
                 Counts(where) as counts,
             ):
@@ -159,12 +161,16 @@ def _within(names: Counter[str], module: str) -> int:
     return sum(value for name, value in names.items() if (name + ".").startswith(module + "."))
 
 
-def _first_attention(flow: Any) -> tuple[str, nn.Module] | None:
-    """The name of a U-Net's last transformer block at full frame rate and its attention; None for another estimator."""
-    if not hasattr(flow.decoder.estimator, "down_blocks"):
-        return None
-    blocks = flow.decoder.estimator.down_blocks[0][1]
-    return f"{ESTIMATOR}.down_blocks.0.1.{len(blocks) - 1}", blocks[-1].attn1
+def _attention_bytes(block: Any, rows: int, frames: int) -> int:
+    """What the attention of a U-Net's block keeps in its memory mode; of a block that is computed again, its input."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.zeros(rows, frames, block.norm1.normalized_shape[0], requires_grad=True)
+        if block.recompute == "block":
+            return x.untyped_storage().nbytes()
+        norm, lengths = Norm(block.norm1.weight, block.norm1.bias, block.norm1.eps), torch.full((rows,), frames)
+        with _tracing(), SavedTensors([*block.parameters(), lengths]) as saved:
+            block.attn1(x, norm, lengths, 0)
+        return saved.bytes
 
 
 def _upstream_attention_bytes(attention: Any, rows: int, frames: int) -> int:
@@ -180,17 +186,16 @@ def _memory(
     blocks = [name for name, module in flow.named_modules() if isinstance(module, Block)]
     largest = max(_within(saved["none"], name) for name in blocks)
     fixed = ADAM_BYTES * sum(parameter.numel() for parameter in flow.parameters())
-    attention = _first_attention(flow)
+    estimator: Any = flow.decoder.estimator  # type: ignore[union-attr]
+    block = estimator.down_blocks[0][1][-1] if hasattr(estimator, "down_blocks") else None
     modes = []
     for mode in MODES:
         total = saved[mode].total()
         peak = total + (largest if total < saved["none"].total() else 0)
         fits = None if memory is None else max(0, int((USABLE * memory - fixed) / (peak / rows)))
-        kept = None
-        if attention is not None:
-            kept = saved[mode][attention[0]] + _within(saved[mode], f"{attention[0]}.attn1")
-        modes.append(Memory(mode, total, peak, kept, fits))
-    return modes, None if attention is None else _upstream_attention_bytes(attention[1], rows, frames)
+        flow.recompute = mode  # type: ignore[assignment]
+        modes.append(Memory(mode, total, peak, block and _attention_bytes(block, rows, frames), fits))
+    return modes, block and _upstream_attention_bytes(block.attn1, rows, frames)
 
 
 def parse_memory(text: str) -> int:
@@ -228,9 +233,9 @@ _LAYER_OPTIONS = (
 
 
 def _part(name: str) -> str:
-    """The part that a submodule belongs to: a level inside the encoder, two in the decoder, three in a DiT block."""
+    """The part that a submodule belongs to: a level inside the encoder, two in the decoder, and DiT blocks' adaLN."""
     words = [word for word in name.split(".") if not word.isdigit()]
-    depth = {"encoder": 2, "decoder": 4 if "transformer_blocks" in words else 3}.get(words[0], 1)
+    depth = {"encoder": 2, "decoder": 4 if "attn_norm" in words else 3}.get(words[0], 1)
     return ".".join(words[:depth]) or "(loss and masks)"
 
 

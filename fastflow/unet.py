@@ -197,6 +197,9 @@ class TransformerBlock(Block):
     def draws(self) -> bool:
         return active(self.attn1.to_out[1]) or active(self.ff.net[1])
 
+    def is_one_op(self, x: Tensor) -> bool:
+        return is_one_op(x, [(self.attn1, Attention), (self.ff, FeedForward)], self.draws)
+
     def _compute(  # type: ignore[override]
         self, x: Tensor, lengths: Tensor, chunk_size: int, packing: Packing | None = None
     ) -> Tensor:
@@ -204,10 +207,15 @@ class TransformerBlock(Block):
             Norm(self.norm1.weight, self.norm1.bias, self.norm1.eps),
             Norm(self.norm3.weight, self.norm3.bias, self.norm3.eps),
         )
-        if is_one_op([(self.attn1, Attention), (self.ff, FeedForward)], self.draws):
+        if self.is_one_op(x):
+            linears, dropouts = (*self.attn1.linears, *self.ff.linears), (self.attn1.to_out[1], self.ff.net[1])
             mask: dict[str, Any] = {"lengths": lengths, "chunk_size": chunk_size, "packing": packing}
-            linears = *self.attn1.linears, *self.ff.linears
-            return transform(x, linears, norms, heads=self.attn1.heads, activation=self.ff.activation, **mask)
+            rule: dict[str, Any] = {
+                "keep": self.kept_parts(self.attn1, self.ff, x),
+                "heads": self.attn1.heads,
+                "activation": self.ff.activation,
+            }
+            return transform(x, linears, dropouts, norms, **rule, **mask)
         return self.ff(self.attn1(x, norms[0], lengths, chunk_size, packing), norms[1])
 
 

@@ -42,7 +42,7 @@ def _run(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_the_result_follows(linear, change):
-    x = torch.randn(2, 5, 40)
+    x = torch.randn(2, 9, 40)
     _run(linear, x)
     CHANGES[change](linear)
     for _ in range(2):
@@ -50,7 +50,7 @@ def test_the_result_follows(linear, change):
 
 
 def test_feed_forward_follows_both_weights(linear):
-    inner, outer, x = nn.Linear(40, 50), nn.Linear(50, 40), torch.randn(2, 5, 40)
+    inner, outer, x = nn.Linear(40, 50), nn.Linear(50, 40), torch.randn(2, 9, 40)
     for layer in (inner, outer, inner):
         with torch.no_grad():
             parameters = inner.weight, inner.bias, outer.weight, outer.bias
@@ -65,7 +65,7 @@ def test_packs_once_and_keeps_it_no_longer_than_the_weight(linear, monkeypatch):
     layer = copy.deepcopy(linear)
     calls, pack = [], torch.ops.fastflow.pack_weights
     monkeypatch.setattr(packed.torch.ops.fastflow, "pack_weights", lambda *args: calls.append(args) or pack(*args))
-    before, x = len(packed._cache), torch.randn(2, 5, 40)
+    before, x = len(packed._cache), torch.randn(2, 9, 40)
     for _ in range(3):
         _run(layer, x)
     assert len(calls) == 1
@@ -77,7 +77,7 @@ def test_packs_once_and_keeps_it_no_longer_than_the_weight(linear, monkeypatch):
 
 
 def test_another_instruction_set_packs_anew(linear):
-    x, native = torch.randn(2, 5, 40), backend.extension
+    x, native = torch.randn(2, 9, 40), backend.extension
     chosen = native.cpu_capability()
     try:
         for name in (*native.cpu_capabilities(), "baseline"):
@@ -89,7 +89,7 @@ def test_another_instruction_set_packs_anew(linear):
 
 def test_a_model_made_in_inference_mode_runs():
     with torch.inference_mode():
-        linear, x = nn.Linear(40, 33), torch.randn(2, 5, 40)
+        linear, x = nn.Linear(40, 33), torch.randn(2, 9, 40)
         for _ in range(2):
             torch.testing.assert_close(projection(x, [linear.weight], [linear.bias], backend="cpu"), linear(x))
             linear.weight.mul_(2)
@@ -97,12 +97,12 @@ def test_a_model_made_in_inference_mode_runs():
 
 def test_training_keeps_nothing(linear):
     before = len(packed._cache)
-    projection(torch.randn(2, 5, 40), [linear.weight], [linear.bias], backend="cpu").sum().backward()
+    projection(torch.randn(2, 9, 40), [linear.weight], [linear.bias], backend="cpu").sum().backward()
     assert len(packed._cache) == before
 
 
 def test_a_copy_of_a_layer_packs_its_own(linear):
-    x = torch.randn(2, 5, 40)
+    x = torch.randn(2, 9, 40)
     _run(linear, x)
     other = copy.deepcopy(linear)
     with torch.no_grad():
@@ -115,5 +115,5 @@ def test_weights_of_another_size_are_refused(linear):
     kept = torch.ops.fastflow.pack_weights([linear.weight], [linear.bias])
     with pytest.raises(RuntimeError, match="packed must have shape"):
         torch.ops.fastflow.projection(
-            torch.randn(1, 2, 40), [linear.weight[:8]], [None], None, None, None, None, None, kept
+            torch.randn(2, 9, 40), [linear.weight[:8]], [None], None, None, None, None, None, kept
         )

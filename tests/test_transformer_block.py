@@ -1,4 +1,4 @@
-"""``transformer_block`` keeps its promise: it is projection, self_attention, projection and feed_forward."""
+"""``transformer_block`` keeps its promise: it is projection, self_attention, projection, feed_forward."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import torch.nn as nn
 from fastflow import from_preset, use_backend
 from fastflow.ops import transformer_block, transformer_block_ref
 from fastflow.ops.norm import Norm
+from fastflow.ops.transformer_block import ADDED_FRAMES
 from fastflow.testing import counters
 from fastflow.testing.tolerances import assert_parity
 
@@ -21,7 +22,7 @@ def make(dtype=torch.float32, *, biased=False, modulated=False, packed=False, tu
     weights = [nn.Parameter((torch.randn(shape) / shape[1] ** 0.5).to(dtype)) for shape in shapes]
     biases = [nn.Parameter(torch.randn(n).to(dtype)) if biased else None for n, _ in shapes]
     x = torch.randn(1, sum(sizes), CHANNELS) if packed else torch.randn(2, 15, CHANNELS)
-    vector = (x.shape[0], CHANNELS) if modulated else (CHANNELS,)
+    vector = (len(sizes), CHANNELS) if modulated else (CHANNELS,)
     norms = tuple(Norm(torch.randn(vector).to(dtype), torch.randn(vector).to(dtype), 1e-5) for _ in range(2))
     gates = tuple(torch.randn(vector).to(dtype) if modulated else None for _ in range(2))
     rows = {"sizes": sizes} if packed else {"lengths": torch.tensor(sizes)}
@@ -35,6 +36,8 @@ FORMS = [
     {"biased": True, "modulated": True, "turned": True},
     {"packed": True, "biased": True},
 ]
+PACKED_AND_MODULATED = {"packed": True, "modulated": True, "biased": True, "turned": True}
+RATES = [(0.0, 0.0), (0.2, 0.3)]
 
 
 def real_frames(y, rule):
@@ -79,10 +82,72 @@ def test_it_sees_weights_that_change_in_place():
     assert torch.equal(real_frames(after, rule), real_frames(expected, rule))
 
 
-def test_where_autograd_records_every_parameter_has_a_gradient():
+def gradients(x, weights, biases, rule, rates=(0.0, 0.0), **options):
+    """The result and the gradient of everything that has one, by name."""
+    norms, gates = rule["norms"], rule["gates"]
+    named = {"x": x, **{f"weight {i}": w for i, w in enumerate(weights)}}
+    named |= {f"bias {i}": b for i, b in enumerate(biases) if b is not None}
+    named |= {f"{part} {i}": getattr(norm, part) for i, norm in enumerate(norms) for part in ("scale", "shift")}
+    named |= {f"gate {i}": gate for i, gate in enumerate(gates) if gate is not None}
+    for leaf in named.values():
+        leaf.requires_grad_()
+    seeds = torch.tensor([3]), torch.tensor([5])
+    out = real_frames(transformer_block(x, weights, biases, **rule, rates=rates, seeds=seeds, **options), rule)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(7)).to(out.dtype)
+    found = torch.autograd.grad(out, list(named.values()), cotangent)
+    return {"out": out.detach(), **{f"grad {name}": g for name, g in zip(named, found, strict=True)}}
+
+
+def doubled(x, weights, biases, rule):
+    norms = tuple(Norm(n.scale.detach().double(), n.shift.detach().double(), n.eps) for n in rule["norms"])
+    gates = tuple(None if gate is None else gate.detach().double() for gate in rule["gates"])
+    parameters = [w.detach().double() for w in weights], [None if b is None else b.detach().double() for b in biases]
+    return x.detach().double(), *parameters, {**rule, "norms": norms, "gates": gates}
+
+
+@pytest.mark.parametrize("rates", RATES, ids=str)
+@pytest.mark.parametrize("form", [*FORMS, PACKED_AND_MODULATED], ids=str)
+def test_its_gradients_are_as_near_to_float64_as_the_references(form, rates):
+    given = make(**form)
+    got, eager = (gradients(*given, rates, backend=backend) for backend in ("cpu", "reference"))
+    truth = gradients(*doubled(*given), rates, backend="reference")
+    if not form.get("turned"):
+        for results in (eager, truth):
+            results.pop("grad bias 1", None)  # of k, which adds the same to all scores of a query: it is zero
+    assert_parity(got, eager, truth, case=f"transformer_block {form} {rates}", sums=(CHANNELS, HIDDEN, 30))
+
+
+@pytest.mark.parametrize("frames", [ADDED_FRAMES, 0], ids=["few", "many"])
+@pytest.mark.parametrize("keep", [(), ("inputs",), ("inputs", "qkv"), ("inputs", "hidden")], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, PACKED_AND_MODULATED], ids=str)
+def test_what_is_kept_changes_no_bit(form, keep, frames):
+    given = make(**form)
+    if not frames:  # so many that the gates' gradients come from products of each row
+        given = (given[0].repeat_interleave(ADDED_FRAMES // 14, 1), *given[1:])
+        if "sizes" in given[3]:
+            given[3]["sizes"] = [n * (ADDED_FRAMES // 14) for n in given[3]["sizes"]]
+        else:
+            given[3]["lengths"] = given[3]["lengths"] * (ADDED_FRAMES // 14)
+        given[3]["rotary"] = None
+    want = gradients(*given, RATES[1], backend="cpu")
+    got = gradients(*given, RATES[1], keep=keep, backend="cpu")
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("frozen", range(6))
+def test_a_frozen_weight_has_no_gradient_and_the_others_the_same(frozen):
     x, weights, biases, rule = make(biased=True)
-    real_frames(transformer_block(x, weights, biases, **rule, backend="cpu"), rule).sum().backward()
-    assert all(parameter.grad is not None for parameter in (*weights, *biases))
+
+    def train():
+        for weight in weights:
+            weight.grad = None
+        real_frames(transformer_block(x, weights, biases, **rule, backend="cpu"), rule).sum().backward()
+        return [weight.grad for weight in weights]
+
+    want = train()
+    weights[frozen].requires_grad_(False)
+    for i, (got, grad) in enumerate(zip(train(), want, strict=True)):
+        assert got is None if i == frozen else torch.equal(got, grad)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +157,8 @@ def test_where_autograd_records_every_parameter_has_a_gradient():
         ({"out": (3, 3)}, r"the weight out must have shape \[24, 16\], got \[3, 3\]"),
         ({"heads": 3}, "heads must divide the width 16 of q, got 3"),
         ({"activation": "relu"}, "activation must be one of gelu, gelu_tanh, silu; got 'relu'"),
+        ({"rates": (0.1, 1.0)}, r"rates must lie in \[0, 1\), got \(0.1, 1.0\)"),
+        ({"keep": ("all",)}, "keep may hold inputs, qkv, hidden; got all"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):
@@ -115,14 +182,22 @@ def evaluate(estimator):
 
 
 @pytest.mark.parametrize("name", [name for name, _ in ESTIMATORS])
-def test_an_estimator_uses_it_in_inference_alone(name):
+def test_an_estimator_uses_it_in_training_and_in_inference(name):
     estimator = from_preset(name).eval().decoder.estimator
     recorded, ops = evaluate(estimator)
-    assert not any("transformer_block" in op for op in ops)
+    assert "fastflow::transformer_block" in ops
     with torch.no_grad():
         inferred, ops = evaluate(estimator)
-    assert any("transformer_block" in op for op in ops)
+    assert "fastflow::transformer_block" in ops
     assert torch.equal(recorded, inferred)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bits_are_trained_by_the_four_ops(dtype):
+    x, weights, biases, rule = make(dtype)
+    with counters.Counts() as counted:
+        gradients(x, weights, biases, rule, backend="cpu")
+    assert not any("transformer_block" in op for op in counted.ops)
 
 
 @pytest.mark.parametrize(("name", "blocks"), ESTIMATORS)

@@ -26,6 +26,7 @@ namespace {
    &capability::feed_forward_forward,   \
    &capability::norm_backward,          \
    &capability::activation_backward,    \
+   &capability::gate_frames,            \
    &capability::column_sums,            \
    &capability::add_gated_gradient,     \
    &capability::thin_forward,           \

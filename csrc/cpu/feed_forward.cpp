@@ -36,6 +36,8 @@ void find_hidden(const LinearArgs& args, int64_t first, int64_t count, int64_t b
       for (int64_t c = 0; c < width; c += kLanes<Real>)
         store(hidden.row(i) + c, activate(load(hidden.row(i) + c)).value());
   });
+  if (args.drops)
+    drop_block<kPanelDepth>(args.dropout, args.hidden, first, count, begin, width, hidden.data, hidden.stride);
 }
 
 template <typename T>
@@ -62,6 +64,8 @@ void feed_forward(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>&
   });
 }
 
+constexpr int64_t kDropped = 256;  // numbers whose dropout is found at a time
+
 template <typename Real>
 void activation_backward_of(const ActivationBackwardArgs& args, int64_t begin, int64_t end) {
   const Real* grad = static_cast<const Real*>(args.grad);
@@ -80,6 +84,14 @@ void activation_backward_of(const ActivationBackwardArgs& args, int64_t begin, i
       grad_h[n] = grad[n] * result.derivative()[0];
     }
   });
+  if (!args.drops) return;
+  Real factors[kDropped];
+  for (int64_t first = begin; first < end; first += kDropped) {
+    const int64_t count = min_of(kDropped, end - first);
+    dropout_factors<kDropped>(args.dropout, 0, 0, first, count, factors);
+    for (int64_t i = 0; i < count; ++i) activated[first + i] *= factors[i];
+    for (int64_t i = 0; i < count; ++i) grad_h[first + i] *= factors[i];
+  }
 }
 
 }  // namespace
@@ -98,7 +110,9 @@ void feed_forward_forward(const LinearArgs& args, Dtype dtype, void* workspace, 
 }
 
 void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end) {
-  with_dtype(dtype, [&](auto zero) { activation_backward_of<Wide<decltype(zero)>>(args, begin, end); });
+  with_dtype(dtype, [&](auto zero) {
+    activation_backward_of<Wide<decltype(zero)>>(args, begin * kDropoutGroup, min_of(end * kDropoutGroup, args.count));
+  });
 }
 
 }  // namespace fastflow::cpu::FASTFLOW_CAPABILITY

@@ -15,37 +15,39 @@
 
 namespace fastflow::cpu {
 
-#define FASTFLOW_DECLARE_KERNELS(capability)                                                                          \
-  namespace capability {                                                                                              \
-  void interpolate_forward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);          \
-  void interpolate_backward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);         \
-  int64_t attention_workspace(const AttentionArgs& args, Dtype dtype, bool backward);                                 \
-  void attention_forward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);        \
-  void attention_backward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);       \
-  void attention_sum(const void* sums, int64_t groups, int64_t count, Dtype dtype, void* result, int64_t begin,       \
-                     int64_t end);                                                                                    \
-  int64_t pack_panels(int64_t rows, Dtype dtype);                                                                     \
-  int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype);                                                    \
-  void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel);              \
-  bool is_packed(const Weights& weights, Dtype dtype, const void* packed);                                            \
-  int64_t projection_workspace(const LinearArgs& args, Dtype dtype);                                                  \
-  void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);          \
-  int64_t feed_forward_workspace(const LinearArgs& args, Dtype dtype);                                                \
-  void feed_forward_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);        \
-  void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last);        \
-  void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end);              \
-  void column_sums(const void* x, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin, int64_t end); \
-  void add_gated_gradient(const GatedGradientArgs& args, Dtype dtype, int64_t begin, int64_t end);                    \
-  void thin_forward(const ThinArgs& args, const Weight& weight, int64_t column, Dtype dtype, void* workspace,         \
-                    int64_t begin, int64_t end);                                                                      \
-  void thin_input_gradient(const ThinArgs& args, Dtype dtype, void* workspace, int64_t begin, int64_t end);           \
-  void thin_weight_gradient(const ThinArgs& args, Dtype dtype, int64_t begin, int64_t end);                           \
-  int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                                   \
-  ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                        \
-  void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,                  \
-                      std::atomic<int64_t>& next);                                                                    \
-  void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, int64_t begin, int64_t end);                    \
-  void dropout(const DropoutArgs& args, Dtype dtype, int64_t begin, int64_t end);                                     \
+#define FASTFLOW_DECLARE_KERNELS(capability)                                                                           \
+  namespace capability {                                                                                               \
+  void interpolate_forward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);           \
+  void interpolate_backward(const InterpolateArgs& args, Dtype dtype, int64_t first_tile, int64_t last_tile);          \
+  int64_t attention_workspace(const AttentionArgs& args, Dtype dtype, bool backward);                                  \
+  void attention_forward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);         \
+  void attention_backward(const AttentionArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);        \
+  void attention_sum(const void* sums, int64_t groups, int64_t count, Dtype dtype, void* result, int64_t begin,        \
+                     int64_t end);                                                                                     \
+  int64_t pack_panels(int64_t rows, Dtype dtype);                                                                      \
+  int64_t pack_elements(int64_t rows, int64_t depth, Dtype dtype);                                                     \
+  void pack(const Weights& weights, Dtype dtype, void* packed, int64_t first_panel, int64_t last_panel);               \
+  bool is_packed(const Weights& weights, Dtype dtype, const void* packed);                                             \
+  int64_t projection_workspace(const LinearArgs& args, Dtype dtype);                                                   \
+  void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);           \
+  int64_t feed_forward_workspace(const LinearArgs& args, Dtype dtype);                                                 \
+  void feed_forward_forward(const LinearArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);         \
+  void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last);         \
+  void activation_backward(const ActivationBackwardArgs& args, Dtype dtype, int64_t begin, int64_t end);               \
+  void gate_frames(const GatedFramesArgs& args, Dtype dtype, int64_t begin, int64_t end);                              \
+  void column_sums(const void* x, const void* y, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin, \
+                   int64_t end);                                                                                       \
+  void add_gated_gradient(const GatedGradientArgs& args, Dtype dtype, int64_t begin, int64_t end);                     \
+  void thin_forward(const ThinArgs& args, const Weight& weight, int64_t column, Dtype dtype, void* workspace,          \
+                    int64_t begin, int64_t end);                                                                       \
+  void thin_input_gradient(const ThinArgs& args, Dtype dtype, void* workspace, int64_t begin, int64_t end);            \
+  void thin_weight_gradient(const ThinArgs& args, Dtype dtype, int64_t begin, int64_t end);                            \
+  int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                                    \
+  ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                         \
+  void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,                   \
+                      std::atomic<int64_t>& next);                                                                     \
+  void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, int64_t begin, int64_t end);                     \
+  void dropout(const DropoutArgs& args, Dtype dtype, int64_t begin, int64_t end);                                      \
   }
 FASTFLOW_DECLARE_KERNELS(baseline)
 FASTFLOW_DECLARE_KERNELS(avx2)
@@ -77,8 +79,12 @@ struct Kernels {
   decltype(&baseline::feed_forward_forward) feed_forward_forward;
   // Chunks [first, last) of kNormChunk frames of a row, one row after the other; the workspace holds 2 * C elements.
   decltype(&baseline::norm_backward) norm_backward;
+  // Groups [begin, end) of kDropoutGroup numbers.
   decltype(&baseline::activation_backward) activation_backward;
-  // Of columns [begin, end), in pairs of halves, so that the error grows with the logarithm of the rows.
+  // Frames [begin, end), one row after the other.
+  decltype(&baseline::gate_frames) gate_frames;
+  // Of columns [begin, end) of x, or of x * y if y is not null; in pairs of halves, so that the error grows with the
+  // logarithm of the rows.
   decltype(&baseline::column_sums) column_sums;
   // Output channels [begin, end).
   decltype(&baseline::add_gated_gradient) add_gated_gradient;

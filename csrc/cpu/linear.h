@@ -7,6 +7,7 @@
 #include "../linear.h"
 #include "dtypes.h"
 #include "pack.h"
+#include "philox.h"
 
 namespace fastflow {
 namespace {  // one copy per translation unit, see common.h
@@ -85,10 +86,10 @@ class Reader {
       const T* from = static_cast<const T*>(args_.x.data) + b * args_.x.row_stride + t * args_.x.frame_stride;
       read_channels(from, args_.x.channel_stride, args_.channels, to.row(i));
       if (!args_.norm) continue;
-      if (b != row_) {
-        read_vector<T>(args_.scale, b, args_.channels, 1, scale_);
-        read_vector<T>(args_.shift, b, args_.channels, 0, shift_);
-        row_ = b;
+      if (const int64_t row = args_.row_of ? args_.row_of[frame] : b; row != row_) {
+        read_vector<T>(args_.scale, row, args_.channels, 1, scale_);
+        read_vector<T>(args_.shift, row, args_.channels, 0, shift_);
+        row_ = row;
       }
       Real* stats = static_cast<Real*>(args_.stats) + frame;
       normalise(scale_, shift_, args_.channels, static_cast<Real>(args_.eps), to.row(i), stats[0],
@@ -112,8 +113,11 @@ template <typename T>
   for (int64_t i = 0; i < count; ++i) {
     Wide<T>* __restrict y = results + i * stride;
     T* __restrict out = static_cast<T*>(args.out) + (first + i) * args.out_channels + column;
+    if (T* ungated = static_cast<T*>(args.ungated))
+      for (int64_t c = 0; c < columns; ++c) narrow(y[c], ungated[(first + i) * args.out_channels + column + c]);
     if (gates.data) {
-      const T* gate = static_cast<const T*>(gates.data) + b * gates.row_stride + column * gates.channel_stride;
+      const int64_t row = args.row_of ? args.row_of[first + i] : b;
+      const T* gate = static_cast<const T*>(gates.data) + row * gates.row_stride + column * gates.channel_stride;
       for (int64_t c = 0; c < columns; ++c) y[c] *= widen(gate[c * gates.channel_stride]);
     }
     if (x.data) {
@@ -126,6 +130,19 @@ template <typename T>
     }
     for (int64_t c = 0; c < columns; ++c) narrow(y[c], out[c]);
     if (++t == args.frames) t = 0, ++b;
+  }
+}
+
+// Dropout of frames [first, first + count), of `columns` channels from `column` on, as of the whole [B, T, width].
+template <int64_t most, typename Real>
+void drop_block(const Dropout& dropout, int64_t width, int64_t first, int64_t count, int64_t column, int64_t columns,
+                Real* data, int64_t stride) {
+  Real factors[most + 4];
+  for (int64_t i = 0; i < count; ++i) {
+    Real* __restrict x = data + i * stride;
+    const int64_t begin = (first + i) * width + column, before = begin % 4;  // factors come in groups of 4
+    dropout_factors<most + 4>(dropout, 0, 0, begin - before, columns + before, factors);
+    for (int64_t c = 0; c < columns; ++c) x[c] *= factors[before + c];
   }
 }
 

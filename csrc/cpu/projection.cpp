@@ -29,6 +29,8 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
         multiply_panel(count, args.channels, input.data, input.stride,
                        packed + panel_offset<Real>(args.channels, (group + c) / kColumns<Real>), results.data + c,
                        results.stride);
+      if (args.drops)
+        drop_block<kGroup>(args.dropout, args.out_channels, first, count, group, columns, results.data, results.stride);
       if (columns == kGroup)
         finish<T>(args, first, count, group, kGroup, results.data, results.stride);
       else
@@ -37,15 +39,14 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
   });
 }
 
-// One chunk of one row: grad_x = (g - mean(g) - xhat mean(g xhat)) / deviation with g = grad * scale and the means over
-// channels.
+// Frames [begin, end) of one row: grad_x = (g - mean(g) - xhat mean(g xhat)) / deviation with g = grad * scale and the
+// means over channels.
 template <typename Real>
-void norm_chunk(const NormBackwardArgs& args, int64_t b, int64_t chunk, int64_t chunks, Real* scale, Real* shift) {
+void norm_chunk(const NormBackwardArgs& args, int64_t begin, int64_t end, const Real* scale, const Real* shift,
+                Real* __restrict sums) {
   const int64_t channels = args.channels, frames = args.batch * args.frames;
-  Real* __restrict sums = static_cast<Real*>(args.sums) + (b * chunks + chunk) * 2 * channels;
   std::fill_n(sums, 2 * channels, Real{});
-  const int64_t begin = chunk * kNormChunk, end = min_of(begin + kNormChunk, args.frames);
-  for (int64_t frame = b * args.frames + begin; frame < b * args.frames + end; ++frame) {
+  for (int64_t frame = begin; frame < end; ++frame) {
     const Real* grad = static_cast<const Real*>(args.grad) + frame * channels;
     const Real* x = static_cast<const Real*>(args.x) + frame * channels;
     const Real* residual = static_cast<const Real*>(args.grad_residual);
@@ -75,18 +76,23 @@ void norm_chunk(const NormBackwardArgs& args, int64_t b, int64_t chunk, int64_t 
 
 constexpr int64_t kSummed = 64;  // columns at a time
 
+// Of x, or of x * y where y is not null.
 template <typename Real>
-void sum_columns(const Real* x, int64_t rows, int64_t stride, int64_t columns, Real* __restrict sums) {
+void sum_columns(const Real* x, const Real* y, int64_t rows, int64_t stride, int64_t columns, Real* __restrict sums) {
   if (rows > kNormChunk) {
     Real rest[kSummed];
-    sum_columns(x, rows / 2, stride, columns, sums);
-    sum_columns(x + rows / 2 * stride, rows - rows / 2, stride, columns, rest);
+    const int64_t half = rows / 2, offset = half * stride;
+    sum_columns(x, y, half, stride, columns, sums);
+    sum_columns(x + offset, y ? y + offset : y, rows - half, stride, columns, rest);
     for (int64_t c = 0; c < columns; ++c) sums[c] += rest[c];
     return;
   }
   std::fill_n(sums, columns, Real{});
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t c = 0; c < columns; ++c) sums[c] += x[i * stride + c];
+    if (y)
+      for (int64_t c = 0; c < columns; ++c) sums[c] += x[i * stride + c] * y[i * stride + c];
+    else
+      for (int64_t c = 0; c < columns; ++c) sums[c] += x[i * stride + c];
 }
 
 template <typename Real>
@@ -104,6 +110,26 @@ void add_gated(const GatedGradientArgs& args, int64_t n) {
   for (c = 0; c < args.channels; ++c) grad_weight[c] += gate * products[c];
   static_cast<Real*>(args.grad_bias)[n] += gate * sum;
   static_cast<Real*>(args.grad_gate)[n] = grad_gate + (args.bias ? static_cast<const Real*>(args.bias)[n] * sum : 0);
+}
+
+// The row, of those that begin at `starts`, that n lies in.
+int64_t row_of(const int64_t* starts, int64_t rows, int64_t n) {
+  return std::upper_bound(starts, starts + rows, n) - starts - 1;
+}
+
+template <typename Real>
+void gate_frames_of(const GatedFramesArgs& args, int64_t begin, int64_t end) {
+  int64_t row = row_of(args.starts, args.rows, begin);
+  for (int64_t frame = begin; frame < end; ++frame) {
+    while (frame >= args.starts[row + 1]) ++row;
+    const Real* grad = static_cast<const Real*>(args.grad) + frame * args.channels;
+    const Real* gate = static_cast<const Real*>(args.gate.data) + row * args.gate.row_stride;
+    Real* __restrict out = static_cast<Real*>(args.out) + frame * args.channels;
+    if (args.gate.channel_stride == 1)
+      for (int64_t c = 0; c < args.channels; ++c) out[c] = grad[c] * gate[c];
+    else
+      for (int64_t c = 0; c < args.channels; ++c) out[c] = grad[c] * gate[c * args.gate.channel_stride];
+  }
 }
 
 template <typename Visit>
@@ -157,23 +183,34 @@ void projection_forward(const LinearArgs& args, Dtype dtype, void* workspace, st
 void norm_backward(const NormBackwardArgs& args, Dtype dtype, void* workspace, int64_t first, int64_t last) {
   with_wide(dtype, [&](auto zero) {
     using Real = decltype(zero);
-    const int64_t chunks = ceil_div(args.frames, kNormChunk);
     Real *scale = static_cast<Real*>(workspace), *shift = scale + args.channels;
+    int64_t row = -1;
     for (int64_t n = first; n < last; ++n) {
-      read_vector<Real>(args.scale, n / chunks, args.channels, 1, scale);
-      read_vector<Real>(args.shift, n / chunks, args.channels, 0, shift);
-      norm_chunk<Real>(args, n / chunks, n % chunks, chunks, scale, shift);
+      if (const int64_t at = row_of(args.chunk_starts, args.rows, n); at != row) {
+        row = at;
+        read_vector<Real>(args.scale, row, args.channels, 1, scale);
+        read_vector<Real>(args.shift, row, args.channels, 0, shift);
+      }
+      const int64_t begin = args.starts[row] + (n - args.chunk_starts[row]) * kNormChunk;
+      norm_chunk<Real>(args, begin, min_of(begin + kNormChunk, args.starts[row + 1]), scale, shift,
+                       static_cast<Real*>(args.sums) + n * 2 * args.channels);
     }
   });
 }
 
-void column_sums(const void* x, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin, int64_t end) {
+void column_sums(const void* x, const void* y, int64_t rows, int64_t stride, Dtype dtype, void* sums, int64_t begin,
+                 int64_t end) {
   with_wide(dtype, [&](auto zero) {
     using Real = decltype(zero);
+    const Real *from = static_cast<const Real*>(x), *factors = static_cast<const Real*>(y);
     for (int64_t c = begin; c < end; c += kSummed)
-      sum_columns(static_cast<const Real*>(x) + c, rows, stride, min_of(kSummed, end - c),
+      sum_columns(from + c, factors ? factors + c : factors, rows, stride, min_of(kSummed, end - c),
                   static_cast<Real*>(sums) + c);
   });
+}
+
+void gate_frames(const GatedFramesArgs& args, Dtype dtype, int64_t begin, int64_t end) {
+  with_wide(dtype, [&](auto zero) { gate_frames_of<decltype(zero)>(args, begin, end); });
 }
 
 void add_gated_gradient(const GatedGradientArgs& args, Dtype dtype, int64_t begin, int64_t end) {

@@ -90,6 +90,25 @@ def _transformer_block_flops(
     return attention + 2 * batch * frames * sum(weight.numel() for weight in weights)
 
 
+def _transformer_block_backward_flops(
+    grad: Tensor, x: Tensor, kept: list[Tensor], weights: list[Tensor], biases: Any, norms: Any, eps_1: float,
+    eps_2: float, gates: Any, heads: int, activation: int, lengths: Tensor | None, sizes: list[int] | None, *rest: Any,
+    **__: Any,
+) -> int:  # fmt: skip
+    """Every product once for its input and, if wanted, once for its weights; and what was not kept."""
+    batch, frames, _channels = x.shape
+    inner, rows, wanted = weights[0].shape[0], [frames] * batch if sizes is None else sizes, rest[-1]
+    shapes = [[(1, heads, n, inner // heads)] * 3 for n in rows]
+    attention = sum(sdpa_backward_flop_count(shape[0], *shape) for shape in shapes)
+    qkv, out, first, second = sum(w.numel() for w in weights[:3]), *(w.numel() for w in weights[3:])
+    products = sum(n * (1 + (wanted >> bit & 1)) for bit, n in enumerate((qkv, out, first, second)))
+    if not kept:
+        attention += sum(sdpa_flop_count(*shape) for shape in shapes)
+        products += out
+    products += qkv * (not kept or not kept[1].numel()) + first * (not kept or not kept[6].numel())
+    return attention + 2 * batch * frames * products
+
+
 def _self_attention_backward_flops(grad: Tensor, out: Tensor, lse: Tensor, *args: Any, **__: Any) -> int:
     return _self_attention_flops(*args, count=sdpa_backward_flop_count, tensors=4)
 
@@ -151,6 +170,7 @@ _FLOPS = {
     torch.ops.fastflow.self_attention: _self_attention_flops,
     torch.ops.fastflow.self_attention_backward: _self_attention_backward_flops,
     torch.ops.fastflow.transformer_block: _transformer_block_flops,
+    torch.ops.fastflow.transformer_block_backward: _transformer_block_backward_flops,
     torch.ops.fastflow.projection: _projection_flops,
     torch.ops.fastflow.projection_triton: _projection_flops,
     torch.ops.fastflow.feed_forward: _feed_forward_flops,
@@ -340,8 +360,14 @@ class SavedTensors:
 
 
 @contextmanager
-def current_module(root: nn.Module) -> Iterator[Callable[[], str]]:
-    """Yield a function that names the innermost submodule of ``root`` whose forward is running, "" outside of all."""
+def current_module(
+    root: nn.Module, without: type[nn.Module] | tuple[type[nn.Module], ...] = ()
+) -> Iterator[Callable[[], str]]:
+    """Yield a function that names the innermost submodule of ``root`` whose forward is running, "" outside of all.
+
+    Args:
+        without: classes whose modules count as a part of what calls them: a hook would change how that computes.
+    """
     running: list[str] = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -352,6 +378,8 @@ def current_module(root: nn.Module) -> Iterator[Callable[[], str]]:
 
     handles = []
     for name, module in root.named_modules():
+        if isinstance(module, without):
+            continue
         handles.append(module.register_forward_pre_hook(enter(name)))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:
