@@ -28,7 +28,7 @@ class Effort:
     max_rounds: int
 
 
-FULL = Effort(seconds=20, min_rounds=3, max_rounds=51)
+FULL = Effort(seconds=20, min_rounds=7, max_rounds=51)
 QUICK = Effort(seconds=2, min_rounds=3, max_rounds=11)
 
 

@@ -1051,6 +1051,7 @@ struct FeedForwardBackward {
     check_tensor("w2", w2, {w2.size(0), w1.size(0)}, x.scalar_type());
     check_gradient(grad, scaled, x, w2.size(0));
     check_wide("hidden", hidden, {x.size(0), x.size(1), w1.size(0)}, x);
+    if (added && added->numel()) check_wide("added", *added, {x.size(0), x.size(1), w2.size(0)}, x);
     const auto [activated, grad_hidden] =
         activation_backward_cpu(gradient_of_input(scaled, w2), hidden, activation, dropout);
     GradientOfLinear first = no_gradients(x), second = no_gradients(x);
@@ -1113,10 +1114,11 @@ std::optional<Dropout> optional_dropout(double rate, const OptionalTensor& seed)
   return dropout_of(rate, *seed);
 }
 
+constexpr int64_t kAddedFrames = 2048;  // as in fastflow/ops/transformer_block.py
+
 // projection, self_attention, projection and feed_forward.  `weights` and `biases` are those of q, k, v, out and the
 // two of feed_forward, `norms` scale and shift of the two norms; `rates` and `seeds` are those of the dropouts after
-// out and inside feed_forward; `packed` has the weights of qkv and of the others in packed form, or is empty.
-constexpr int64_t kAddedFrames = 2048;  // as in fastflow/ops/transformer_block.py
+// out and inside feed_forward; `packed` has the weights of qkv and of the others in packed form, or nothing.
 struct TransformerBlock {
   int64_t batch, frames, heads, inner;
   Rows rows;
@@ -1126,8 +1128,6 @@ struct TransformerBlock {
   std::optional<Dropout> dropout_1, dropout_2;
   std::vector<Tensor> weights_qkv;
   std::vector<OptionalTensor> biases_qkv;
-  Tensor weight_out;
-  OptionalTensor bias_out;
   Stack qkv, out;
   FeedForward feed_forward;
 
@@ -1150,8 +1150,8 @@ struct TransformerBlock {
         packed_out(packed.at(1)),
         dropout_1(optional_dropout(rates.at(0), seeds.at(0))),
         dropout_2(optional_dropout(rates.at(1), seeds.at(1))),
-        weights_qkv(weights.begin(), weights.begin() + 3),
-        biases_qkv(biases.begin(), biases.begin() + 3),
+        weights_qkv{weights.at(0), weights.at(1), weights.at(2)},
+        biases_qkv{biases.at(0), biases.at(1), biases.at(2)},
         qkv(weights_qkv, biases_qkv, x.size(2), x.scalar_type()),
         out({weights.at(3)}, {biases.at(3)}, inner, x.scalar_type()),
         feed_forward(x, weights.at(4), biases.at(4), weights.at(5), biases.at(5), activation, packed.at(2),
@@ -1163,6 +1163,7 @@ struct TransformerBlock {
   // alone, so that the gradients are the same whatever is kept.
   bool keeps_added() const { return batch * frames <= kAddedFrames; }
 };
+
 // What the backward pass reads besides x; a tensor that was not kept is empty.
 struct BlockState {
   Tensor stats_1, qkv, attended, lse, middle, stats_2, hidden;
@@ -1261,10 +1262,14 @@ std::vector<Tensor> transformer_block_backward_cpu(const Tensor& grad, const Ten
                                                    std::vector<double> rates, std::vector<OptionalTensor> seeds,
                                                    int64_t wanted) {
   check_signal(x);
-  check_wide("x", x, {x.size(0), x.size(1), x.size(2)}, x);
+  const std::vector<int64_t> shape = {x.size(0), x.size(1), x.size(2)};
+  check_wide("x", x, shape, x);
+  check_wide("grad", grad, shape, x);
   const TransformerBlock op(x, weights, biases, norms, eps_1, eps_2, gates, heads, activation,
                             {lengths, sizes, chunk_size, scale, rotary}, rates, seeds, {{}, {}, {}, {}});
   const BlockState state = restored_state(op, x, kept);
+  check_wide("middle", state.middle, shape, x);
+  if (state.added_1.numel()) check_wide("added", state.added_1, shape, x);
   const auto [grad_middle, w1, b1, w2, b2, scale_2, shift_2, gate_2] =
       FeedForwardBackward{grad,
                           gated(grad, op.rows, op.gate_2),
@@ -1300,9 +1305,9 @@ std::vector<Tensor> transformer_block_backward_cpu(const Tensor& grad, const Ten
   const Tensor weight = joined(op.weights_qkv);
   const NormGradient norm =
       gradient_of_norm(gradient_of_input(grad_qkv, weight), x, op.rows, state.stats_1, op.norm_1, grad_middle);
+  const bool has_bias = op.biases_qkv[0] || op.biases_qkv[1] || op.biases_qkv[2];
   if (wanted & kWantQkv)
-    first =
-        gradient_of_linear(grad_qkv, grad_qkv, norm.normalised, op.rows, weight, {}, {}, op.biases_qkv[0].has_value());
+    first = gradient_of_linear(grad_qkv, grad_qkv, norm.normalised, op.rows, weight, {}, {}, has_bias);
   return {norm.x, first.weight, first.bias, out.weight, out.bias, w1,       b1,    w2,
           b2,     norm.scale,   norm.shift, scale_2,    shift_2,  out.gate, gate_2};
 }

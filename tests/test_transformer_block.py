@@ -134,6 +134,24 @@ def test_what_is_kept_changes_no_bit(form, keep, frames):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+def test_some_of_q_k_and_v_may_have_a_bias():
+    x, weights, biases, rule = make(biased=True)
+    biases[0] = None
+    got, eager = (gradients(x, weights, biases, rule, backend=backend) for backend in ("cpu", "reference"))
+    for name, value in eager.items():
+        torch.testing.assert_close(got[name], value, msg=name, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, CHANNELS), (2, 0, CHANNELS)], ids=str)
+def test_nothing_in_nothing_out(shape):
+    _, weights, biases, rule = make(biased=True)
+    x = torch.zeros(shape, requires_grad=True)
+    out = transformer_block(x, weights, biases, **{**rule, "lengths": torch.zeros(shape[0], dtype=torch.int64)})
+    out.sum().backward()
+    assert out.shape == x.grad.shape == shape
+    assert all(not weight.grad.any() for weight in weights)
+
+
 @pytest.mark.parametrize("frozen", range(6))
 def test_a_frozen_weight_has_no_gradient_and_the_others_the_same(frozen):
     x, weights, biases, rule = make(biased=True)

@@ -128,7 +128,7 @@ def _backward_fake(  # type: ignore[no-untyped-def]
         return [x.new_empty((0,) if t is None or not wanted & bit else t.shape) for t in likes]
 
     qkv = x.new_empty(sum(w.shape[0] for w in weights[:3]), x.shape[2])
-    bias = None if biases[0] is None else x.new_empty(qkv.shape[0])
+    bias = None if all(b is None for b in biases[:3]) else x.new_empty(qkv.shape[0])
     linears = *of(1, qkv, bias), *of(2, weights[3], weights[3][:, 0]), *of(4, weights[4], weights[4][:, 0])
     linears = *linears, *of(8, weights[5], weights[5][:, 0])
     return [x.new_empty(x.shape), *linears, *of(wanted, *norms), *of(2, gates[0]), *of(8, gates[1])]
@@ -254,7 +254,7 @@ def transformer_block(
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16.
         weights: of q, k and v ``[H * D, C]`` each, out ``[C, H * D]``, w1 ``[hidden, C]`` and w2 ``[C, hidden]``.
-        biases: of the same, or None; q, k and v have all three or none.
+        biases: of the same, or None.
         norms: before attention and before the feed-forward; their scale and shift are ``[C]``, or ``[B, C]``, where B
             is the number of ``sizes`` if these are given.
         gates: ``[B, C]`` each, factors of what the two add to x.
