@@ -4,8 +4,9 @@
   k and v are computed again.  Of 8 x 1000 frames CosyVoice 1 keeps a third less, for one product more.
 * ``none``: the input of every product and the result of every product that something else needs.  Norms and activations
   are computed again, as the ops always do.
-* ``selective``: the input of every sub-layer, attention's output and its softmax sums.  What one product restores is
-  computed again: q, k and v, hidden layers, convolutions.  Attention itself is not.
+* ``selective``: the input of every sub-layer, attention's output and its softmax sums, and of at most 2048 frames what
+  the gates of a DiT scale.  What one product restores is computed again: q, k and v, hidden layers, convolutions.
+  Attention itself is not.
 * ``block``: the input of every block, which is a conformer layer, a resnet block, a transformer block or a DiT block.
   The block is computed again.
 
