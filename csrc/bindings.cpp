@@ -979,9 +979,12 @@ struct NormGradient {
 
 NormGradient gradient_of_norm(const Tensor& grad, const Tensor& x, const Rows& rows, const Tensor& stats,
                               const NormRule& norm, const OptionalTensor& grad_residual) {
-  const std::vector<int64_t> chunks = chunks_of(rows);
+  // One scale for all rows is summed up as if they were one: the same bits with them and without.
+  const auto per_row = [](const OptionalTensor& vectors) { return vectors && vectors->dim() == 2; };
+  const Rows apart = per_row(norm.scale) || per_row(norm.shift) ? rows : Rows(x);
+  const std::vector<int64_t> chunks = chunks_of(apart);
   const auto [grad_x, normalised, sums] =
-      norm_backward_cpu(grad, x, rows, chunks, stats, norm.scale, norm.shift, grad_residual);
+      norm_backward_cpu(grad, x, apart, chunks, stats, norm.scale, norm.shift, grad_residual);
   return {grad_x, normalised, gradient_of_vectors(norm.scale, sums, chunks, 0),
           gradient_of_vectors(norm.shift, sums, chunks, 1)};
 }

@@ -15,7 +15,7 @@ from torch import nn
 from fastflow.testing.cases import fresh_flow, training_batch
 from fastflow.testing.counters import Counts
 from fastflow.training import NonFiniteError, OverflowMonitor, SpikeDetector, StabilityMonitor, freeze
-from fastflow.training.attention_logits import AttentionLogits
+from fastflow.training.attention_logits import AttentionLogits, attention_modules
 from fastflow.training.parts import named_part_parameters
 
 TINY = ["tiny", "tiny2", "tiny3"]
@@ -143,6 +143,16 @@ def test_unsampled_steps_have_no_logits() -> None:
     run = Run(sample_every=3)
     found = [not math.isnan(run.step().figures["logit/estimator"]) for _ in range(7)]
     assert found == [True, False, False, True, False, False, True]
+
+
+def test_nothing_listens_to_attention_in_unsampled_steps() -> None:
+    """So that a transformer block is one op in them, as without a monitor."""
+    run = Run(sample_every=2)
+    hooks = []
+    for _ in range(4):
+        hooks.append(any(module._forward_pre_hooks for module in attention_modules(run.flow).values()))
+        run.step()
+    assert hooks == [True, False, True, False]
 
 
 def test_frozen_parts_have_no_gradient_figures() -> None:

@@ -47,9 +47,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const NormForwardArgs
 }
 
 // One chunk of one row: its warps take frames, then its threads take channels for the sums over frames.  The formula is
-// that of csrc/cpu/projection.cpp.
+// that of csrc/cpu/projection.cpp.  Four blocks at once, as ptxas aims at more for sm_100 by itself, and spills.
 template <typename T, int count>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const NormBackwardArgs args) {
+__global__ void __launch_bounds__(kThreads, 4) backward_kernel(const NormBackwardArgs args) {
   using Real = Wide<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t channels = args.channels, chunks = ceil_div(args.frames, kNormChunk);

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 SAMPLE = 64  # frames
 
@@ -37,22 +38,34 @@ class AttentionLogits:
 
     def __init__(self, flow: nn.Module) -> None:
         self.largest: dict[str, Tensor] = {}
-        self.active = False
-        self._handles = [
-            module.register_forward_pre_hook(self._recorder(name), with_kwargs=True)
-            for name, module in attention_modules(flow).items()
-        ]
+        self._modules = attention_modules(flow)
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def active(self) -> bool:
+        return bool(self._handles)
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        # no hooks while it rests: a transformer block that is listened to is not computed as one op
+        if active and not self._handles:
+            self._handles = [
+                module.register_forward_pre_hook(self._recorder(name), with_kwargs=True)
+                for name, module in self._modules.items()
+            ]
+        elif not active:
+            self.remove()
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def _recorder(self, name: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.active:
-                given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-                with torch.no_grad():
-                    self.largest[name] = _largest_logit(module, given["x"], given["norm"], given["lengths"])
+            given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+            with torch.no_grad():
+                self.largest[name] = _largest_logit(module, given["x"], given["norm"], given["lengths"])
 
         return record
 
