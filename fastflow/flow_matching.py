@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastflow import graphs
+from fastflow import graphs, replay
 from fastflow.checks import readable
 from fastflow.ops.euler_step import euler_step
 from fastflow.ops.half import fitted, saturated, widened
@@ -172,10 +172,12 @@ class ConditionalCFM(Recomputing):
             ``flow.decoder.cosine_t = True``.
 
     Set ``cuda_graphs`` to False, or the environment variable FASTFLOW_CUDA_GRAPHS to 0 before the start, and inference
-    on a GPU makes no CUDA graphs (:mod:`fastflow.graphs`).
+    on a GPU makes no CUDA graphs (:mod:`fastflow.graphs`).  Set ``replays`` to False, and on a CPU every evaluation of
+    the estimator goes through its modules, not only the first of a solve (:mod:`fastflow.replay`).
     """
 
     cuda_graphs = graphs.ENABLED
+    replays = True
 
     def __init__(
         self,
@@ -351,19 +353,24 @@ class ConditionalCFM(Recomputing):
         mask2, mu2, spks2, cond2 = mask.to(dtype).repeat(2, 1, 1), guided(mu), guided(spks), guided(cond)
         times = times.to(dtype)
         estimator: Any = self.estimator
-        known: list[dict[str, Any]] = [{} for _ in times]
+        tables: list[tuple[Tensor, ...]] = [()] * len(times)
+        known: dict[str, Any] = {}
         if hasattr(estimator, "time_table"):
             parts = [part[:, None].expand(-1, rows, -1).unbind() for part in estimator.time_table(times)]
-            known = [{"time": time} for time in zip(*parts, strict=True)]
+            tables = list(zip(*parts, strict=True))
         if hasattr(estimator, "invariants"):
-            fixed = estimator.invariants(mask2, mu2, spks2, cond2)
-            known = [{**each, "fixed": fixed} for each in known]
+            known["fixed"] = estimator.invariants(mask2, mu2, spks2, cond2)
         times2 = times[:, None].expand(-1, rows).unbind()
 
+        def evaluate(x2: Tensor, t: Tensor, *table: Tensor) -> Tensor:
+            time = {"time": table} if table else {}
+            return self._velocity(x2, mask2, mu2, t, spks2, cond2, streaming, **time, **known)
+
+        if self.replays and replay.may_replay(self, mu):
+            evaluate = replay.replayed(evaluate)
+
         def velocity(twice: Tensor, n: int) -> Tensor:
-            x2 = twice.to(dtype).transpose(1, 2)
-            y = self._velocity(x2, mask2, mu2, times2[n], spks2, cond2, streaming, **known[n])
-            return y.transpose(1, 2)
+            return evaluate(twice.to(dtype).transpose(1, 2), times2[n], *tables[n]).transpose(1, 2)
 
         return velocity
 
