@@ -514,9 +514,9 @@ Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& out, const 
 
 // ------------------------------------------------------------------------------------------------ projection,
 // feed_forward
-constexpr int64_t kRowStep = 12;              // a multiple of the rows of a register tile on every instruction set
-constexpr int64_t kBlockBytes = 600 * 1024;   // of input of a task: the more, the less often it reads the weights
-constexpr int64_t kMostRows = 12 * kRowStep;  // of a task
+constexpr int64_t kRowStep = 6;              // frames of a task are a multiple of: the rows of a register tile, or half
+constexpr int64_t kBlockBytes = 600 * 1024;  // of input of a task: the more, the less often it reads the weights
+constexpr int64_t kMostRows = 24 * kRowStep;  // of a task
 constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads
 
 // The rows of the batch among the frames of x [B, T, C], one row after the other; with `sizes`, of B == 1.

@@ -269,9 +269,10 @@ void find_scores(const AttentionArgs& args, const Span& span, const Queries<Real
     for (int64_t r = 0; r < span.rows; r += kRows) {
       const int64_t rows = min_of(kRows, span.rows - r), column = p * kColumns<Real>;
       if (column >= origin - r + span.columns || column + kColumns<Real> <= origin - r - rows + 1) continue;
+      Real* sheared = scores.row(r) + column - origin + r;
+      constexpr int64_t stride = Tile<Real>::kStride + 1;
       multiply_rows<Left::rows>(rows, queries.relative.row(first_query + r), queries.relative.stride, window.panel(p),
-                                window.stride, args.width, scores.row(r) + column - origin + r, Tile<Real>::kStride + 1,
-                                true);
+                                window.stride, args.width, Start<Real>{sheared, stride}, sheared, stride);
     }
 }
 
@@ -512,16 +513,18 @@ void add_relative_gradients(const AttentionArgs& args, const Span& span, Backwar
   for (int64_t d = 0; d < args.width; d += kColumns<Real>) {
     for (int64_t r = 0; r < span.rows; r += kRows) {
       const int64_t rows = min_of(kRows, span.rows - r);
+      Real* sums = grad_queries.row(span.query + r) + d;
       multiply_rows<Left::rows>(rows, memory.scores.row(r) - rows + 1, kShear, position.row(origin - r - rows + 1) + d,
-                                position.stride, span.columns + rows - 1, grad_queries.row(span.query + r) + d,
-                                grad_queries.stride, true);
+                                position.stride, span.columns + rows - 1, Start<Real>{sums, grad_queries.stride}, sums,
+                                grad_queries.stride);
     }
     for (int64_t m = origin - span.rows + 1; m < origin + span.columns; m += kRows) {
       const int64_t count = min_of(kRows, origin + span.columns - m);
       const int64_t first = max_of(0, origin - m - count + 1), last = min_of(span.rows, origin - m + span.columns);
+      Real* sums = grad_position.row(m) + d;
       multiply_rows<Left::columns>(count, memory.scores.row(first) + m - origin + first, kShear,
                                    queries.row(span.query + first) + d, queries.stride, last - first,
-                                   grad_position.row(m) + d, grad_position.stride, true);
+                                   Start<Real>{sums, grad_position.stride}, sums, grad_position.stride);
     }
   }
 }

@@ -24,10 +24,8 @@ void find_hidden(const LinearArgs& args, int64_t first, int64_t count, int64_t b
                  const Block<Wide<T>>& input, const Block<Wide<T>>& hidden) {
   using Real = Wide<T>;
   const Real* packed = static_cast<const Real*>(args.packed_hidden);
-  for (int64_t c = 0; c < width; c += kColumns<Real>)
-    multiply_panel(count, args.channels, input.data, input.stride,
-                   packed + panel_offset<Real>(args.channels, (begin + c) / kColumns<Real>), hidden.data + c,
-                   hidden.stride);
+  multiply_panels(count, panels_of<Real>(width), args.channels, input.data, input.stride, packed,
+                  begin / kColumns<Real>, hidden.data, hidden.stride);
   if (T* h = static_cast<T*>(args.pre_activation))
     for (int64_t i = 0; i < count; ++i)
       for (int64_t c = 0; c < width; ++c) narrow(hidden.row(i)[c], h[(first + i) * args.hidden + begin + c]);
@@ -55,9 +53,8 @@ void feed_forward(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>&
       for (int64_t p = 0; p < panels_of<Real>(args.out_channels); ++p) {
         const Real *panel = packed + panel_offset<Real>(args.hidden, p), *values = panel + (begin + 1) * kColumns<Real>;
         Real* sum = sums.data + p * kColumns<Real>;
-        if (begin == 0) fill_bias(count, panel, sum, sums.stride);
         multiply_packed(count, width, hidden.data, hidden.stride, values, values + panel_offset<Real>(args.hidden, 1),
-                        sum, sums.stride);
+                        begin ? Start<Real>{sum, sums.stride} : Start<Real>{panel, 0}, sum, sums.stride);
       }
     }
     finish<T>(args, first, count, 0, args.out_channels, sums.data, sums.stride);

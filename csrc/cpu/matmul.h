@@ -31,17 +31,27 @@ struct Panels {
 // The memory of a left matrix: one row after the other, or one column after the other.
 enum class Left { rows, columns };
 
-// c (+)= a b for `rows` rows and kColumns columns, with depth > 0.  Inside a larger function, or with a loop that may
-// not run at all, the sums would not stay in registers.
+// What a product is added to: rows of kColumns numbers, all the same where the stride is 0, or zeros where data is
+// null.
+template <typename Real>
+struct Start {
+  const Real* data;
+  int64_t stride;
+
+  Start row(int64_t i) const { return {data ? data + i * stride : data, stride}; }
+};
+
+// c = start + a b for `rows` rows and kColumns columns, with depth > 0.  Inside a larger function, or with a loop that
+// may not run at all, the sums would not stay in registers.
 template <Left layout, int64_t rows, typename Real>
 [[gnu::noinline]] void multiply_tile(const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int64_t depth,
-                                     Real* c, int64_t c_stride, bool accumulate) {
+                                     Start<Real> start, Real* c, int64_t c_stride) {
   Vector<Real> sums[rows][2] = {};
-  if (accumulate)
+  if (start.data)
 #pragma GCC unroll 16
     for (int64_t i = 0; i < rows; ++i) {
-      sums[i][0] = load(c + i * c_stride);
-      sums[i][1] = load(c + i * c_stride + kLanes<Real>);
+      sums[i][0] = load(start.data + i * start.stride);
+      sums[i][1] = load(start.data + i * start.stride + kLanes<Real>);
     }
   do {
     const Vector<Real> left = load(b), right = load(b + kLanes<Real>);
@@ -64,11 +74,11 @@ template <Left layout, int64_t rows, typename Real>
 // The same for 1 to kRows rows.
 template <Left layout, typename Real, int64_t most = kRows>
 inline void multiply_rows(int64_t rows, const Real* a, int64_t a_stride, const Real* b, int64_t b_stride, int64_t depth,
-                          Real* c, int64_t c_stride, bool accumulate) {
+                          Start<Real> start, Real* c, int64_t c_stride) {
   if (rows == most)
-    multiply_tile<layout, most>(a, a_stride, b, b_stride, depth, c, c_stride, accumulate);
+    multiply_tile<layout, most>(a, a_stride, b, b_stride, depth, start, c, c_stride);
   else if constexpr (most > 1)
-    multiply_rows<layout, Real, most - 1>(rows, a, a_stride, b, b_stride, depth, c, c_stride, accumulate);
+    multiply_rows<layout, Real, most - 1>(rows, a, a_stride, b, b_stride, depth, start, c, c_stride);
 }
 
 // c (+)= a b for all of `rows` rows and `panels` panels; whole panels of c are written.
@@ -76,9 +86,12 @@ template <Left layout, typename Real>
 void multiply(int64_t rows, int64_t panels, int64_t depth, const Real* a, int64_t a_stride, Panels<Real> b, Real* c,
               int64_t c_stride, bool accumulate) {
   for (int64_t p = 0; p < panels; ++p)
-    for (int64_t i = 0; i < rows; i += kRows)
+    for (int64_t i = 0; i < rows; i += kRows) {
+      Real* tile = c + i * c_stride + p * kColumns<Real>;
       multiply_rows<layout>(min_of(kRows, rows - i), layout == Left::rows ? a + i * a_stride : a + i, a_stride,
-                            b.panel(p), b.stride, depth, c + i * c_stride + p * kColumns<Real>, c_stride, accumulate);
+                            b.panel(p), b.stride, depth, Start<Real>{accumulate ? tile : nullptr, c_stride}, tile,
+                            c_stride);
+    }
 }
 
 }  // namespace

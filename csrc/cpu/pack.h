@@ -63,40 +63,38 @@ bool holds_panels(const Weights& weights, const void* packed) {
   return true;
 }
 
-// c += a * panel for `rows` rows, `depth` values of the panel from `values` on.  Meanwhile as many from `ahead` on,
-// which the next product reads, come closer: a model's weights are larger than every cache, and fetching them would
+// c = start + a * panel for `rows` rows, `depth` values of the panel from `values` on.  Meanwhile as many from `ahead`
+// on, which the next product reads, come closer: a model's weights are larger than every cache, and fetching them would
 // take a tenth of the time.
 template <typename Real>
 void multiply_packed(int64_t rows, int64_t depth, const Real* a, int64_t a_stride, const Real* values,
-                     const Real* ahead, Real* c, int64_t c_stride) {
+                     const Real* ahead, Start<Real> start, Real* c, int64_t c_stride) {
   constexpr int64_t line = 64 / sizeof(Real);
   const int64_t count = depth * kColumns<Real>, share = ceil_div(ceil_div(count, ceil_div(rows, kRows)), line) * line;
   for (int64_t i = 0, next = 0; i < rows; i += kRows, next += share) {
     for (int64_t n = next; n < min_of(next + share, count); n += line) __builtin_prefetch(ahead + n, 0, 2);
     multiply_rows<Left::rows>(min_of(kRows, rows - i), a + i * a_stride, a_stride, values, kColumns<Real>, depth,
-                              c + i * c_stride, c_stride, true);
+                              start.row(i), c + i * c_stride, c_stride);
   }
 }
 
-// c = bias of the panel, in all rows.
+// c = bias + a * weight in `panels` panels from `first` on, for `rows` rows.  The panels take turns within a part of
+// the channels, so that this part of a stays in the cache; the panel that is next comes closer.
 template <typename Real>
-void fill_bias(int64_t rows, const Real* panel, Real* c, int64_t c_stride) {
-  const Vector<Real> left = load(panel), right = load(panel + kLanes<Real>);
-  for (int64_t i = 0; i < rows; ++i) {
-    store(c + i * c_stride, left);
-    store(c + i * c_stride + kLanes<Real>, right);
-  }
-}
-
-// c = bias + a * panel, for `rows` rows and kColumns columns; the next panel in memory comes closer.
-template <typename Real>
-void multiply_panel(int64_t rows, int64_t depth, const Real* a, int64_t a_stride, const Real* panel, Real* c,
-                    int64_t c_stride) {
-  fill_bias(rows, panel, c, c_stride);
+void multiply_panels(int64_t rows, int64_t panels, int64_t depth, const Real* a, int64_t a_stride, const Real* packed,
+                     int64_t first, Real* c, int64_t c_stride) {
+  const int64_t step = panel_offset<Real>(depth, 1);
+  packed += first * step;
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
-    const Real* values = panel + (k + 1) * kColumns<Real>;
     const int64_t count = min_of(kPanelDepth, depth - k);
-    multiply_packed(rows, count, a + k, a_stride, values, values + count * kColumns<Real>, c, c_stride);
+    for (int64_t p = 0; p < panels; ++p) {
+      const Real *panel = packed + p * step, *values = panel + (k + 1) * kColumns<Real>;
+      const bool turns = p + 1 == panels && k + count < depth;
+      const Real* ahead = turns ? packed + (k + count + 1) * kColumns<Real> : values + step;
+      Real* sums = c + p * kColumns<Real>;
+      multiply_packed(rows, count, a + k, a_stride, values, ahead,
+                      k ? Start<Real>{sums, c_stride} : Start<Real>{panel, 0}, sums, c_stride);
+    }
   }
 }
 

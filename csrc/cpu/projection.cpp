@@ -1,5 +1,7 @@
 // projection on the CPU, the packing of weights for it and for feed_forward, and the backward pass of the normalisation
 // that both begin with.  Compiled once per instruction set, with FASTFLOW_CAPABILITY as its namespace.
+#include <type_traits>
+
 #include "kernels.h"
 #include "linear.h"
 
@@ -20,15 +22,19 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
   using Real = Wide<T>;
   Reader<T> reader(args, memory);
   const Block<Real> input(memory, args.block, args.channels), results(memory, args.block, kGroup);
+  // Then nothing is left to do with a product, which is formed at once.
+  const bool is_final = std::is_same_v<T, Real> && args.channels <= kPanelDepth && !args.drops && !args.ungated &&
+                        !args.gate.data && !args.residual.data;
   const Real* packed = static_cast<const Real*>(args.packed_out);
   for_each_block(args, next, [&](int64_t first, int64_t count) {
     reader.read(first, count, input);
     for (int64_t group = 0; group < args.out_channels; group += kGroup) {
       const int64_t columns = min_of(kGroup, args.out_channels - group);
-      for (int64_t c = 0; c < columns; c += kColumns<Real>)
-        multiply_panel(count, args.channels, input.data, input.stride,
-                       packed + panel_offset<Real>(args.channels, (group + c) / kColumns<Real>), results.data + c,
-                       results.stride);
+      const bool in_place = is_final && columns % kColumns<Real> == 0;
+      Real* to = in_place ? static_cast<Real*>(args.out) + first * args.out_channels + group : results.data;
+      multiply_panels(count, panels_of<Real>(columns), args.channels, input.data, input.stride, packed,
+                      group / kColumns<Real>, to, in_place ? args.out_channels : results.stride);
+      if (in_place) continue;
       if (args.drops)
         drop_block<kGroup>(args.dropout, args.out_channels, first, count, group, columns, results.data, results.stride);
       if (columns == kGroup)
