@@ -89,8 +89,8 @@ void multiply_panels(int64_t rows, int64_t panels, int64_t depth, const Real* a,
     const int64_t count = min_of(kPanelDepth, depth - k);
     for (int64_t p = 0; p < panels; ++p) {
       const Real *panel = packed + p * step, *values = panel + (k + 1) * kColumns<Real>;
-      const bool turns = p + 1 == panels && k + count < depth;
-      const Real* ahead = turns ? packed + (k + count + 1) * kColumns<Real> : values + step;
+      const bool goes_on = p + 1 == panels && k + count < depth;  // with the first panel's next channels
+      const Real* ahead = goes_on ? packed + (k + count + 1) * kColumns<Real> : values + step;
       Real* sums = c + p * kColumns<Real>;
       multiply_packed(rows, count, a + k, a_stride, values, ahead,
                       k ? Start<Real>{sums, c_stride} : Start<Real>{panel, 0}, sums, c_stride);
