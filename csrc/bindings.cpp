@@ -514,7 +514,7 @@ Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& out, const 
 
 // ------------------------------------------------------------------------------------------------ projection,
 // feed_forward
-constexpr int64_t kRowStep = 6;              // frames of a task are a multiple of: the rows of a register tile, or half
+constexpr int64_t kRowStep = 6;              // frames of a task are a multiple: AVX2's register tile, half of AVX-512's
 constexpr int64_t kBlockBytes = 600 * 1024;  // of input of a task: the more, the less often it reads the weights
 constexpr int64_t kMostRows = 24 * kRowStep;  // of a task
 constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads

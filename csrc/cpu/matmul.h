@@ -37,8 +37,6 @@ template <typename Real>
 struct Start {
   const Real* data;
   int64_t stride;
-
-  Start row(int64_t i) const { return {data ? data + i * stride : data, stride}; }
 };
 
 // c = start + a b for `rows` rows and kColumns columns, with depth > 0.  Inside a larger function, or with a loop that

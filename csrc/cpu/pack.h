@@ -74,7 +74,7 @@ void multiply_packed(int64_t rows, int64_t depth, const Real* a, int64_t a_strid
   for (int64_t i = 0, next = 0; i < rows; i += kRows, next += share) {
     for (int64_t n = next; n < min_of(next + share, count); n += line) __builtin_prefetch(ahead + n, 0, 2);
     multiply_rows<Left::rows>(min_of(kRows, rows - i), a + i * a_stride, a_stride, values, kColumns<Real>, depth,
-                              start.row(i), c + i * c_stride, c_stride);
+                              Start<Real>{start.data + i * start.stride, start.stride}, c + i * c_stride, c_stride);
   }
 }
 
@@ -83,17 +83,19 @@ void multiply_packed(int64_t rows, int64_t depth, const Real* a, int64_t a_strid
 template <typename Real>
 void multiply_panels(int64_t rows, int64_t panels, int64_t depth, const Real* a, int64_t a_stride, const Real* packed,
                      int64_t first, Real* c, int64_t c_stride) {
-  const int64_t step = panel_offset<Real>(depth, 1);
-  packed += first * step;
+  const auto values_of = [&](int64_t p, int64_t k) {
+    return packed + panel_offset<Real>(depth, first + p) + (k + 1) * kColumns<Real>;
+  };
   for (int64_t k = 0; k < depth; k += kPanelDepth) {
     const int64_t count = min_of(kPanelDepth, depth - k);
     for (int64_t p = 0; p < panels; ++p) {
-      const Real *panel = packed + p * step, *values = panel + (k + 1) * kColumns<Real>;
-      const bool goes_on = p + 1 == panels && k + count < depth;  // with the first panel's next channels
-      const Real* ahead = goes_on ? packed + (k + count + 1) * kColumns<Real> : values + step;
+      const Real* bias = packed + panel_offset<Real>(depth, first + p);
+      const Real* ahead = p + 1 < panels      ? values_of(p + 1, k)
+                          : k + count < depth ? values_of(0, k + count)
+                                              : values_of(panels, 0);
       Real* sums = c + p * kColumns<Real>;
-      multiply_packed(rows, count, a + k, a_stride, values, ahead,
-                      k ? Start<Real>{sums, c_stride} : Start<Real>{panel, 0}, sums, c_stride);
+      multiply_packed(rows, count, a + k, a_stride, values_of(p, k), ahead,
+                      k ? Start<Real>{sums, c_stride} : Start<Real>{bias, 0}, sums, c_stride);
     }
   }
 }

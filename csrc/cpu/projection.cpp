@@ -22,7 +22,7 @@ void project(const LinearArgs& args, Wide<T>* memory, std::atomic<int64_t>& next
   using Real = Wide<T>;
   Reader<T> reader(args, memory);
   const Block<Real> input(memory, args.block, args.channels), results(memory, args.block, kGroup);
-  // Then products, which one step over the channels forms, are the result.
+  // Whether a product is the result as it is, and formed in one step over the channels.
   const bool is_final = std::is_same_v<T, Real> && args.channels <= kPanelDepth && !args.drops && !args.ungated &&
                         !args.gate.data && !args.residual.data;
   const Real* packed = static_cast<const Real*>(args.packed_out);
