@@ -63,6 +63,20 @@ char* scratch(int64_t bytes) {
   return memory.get();
 }
 
+constexpr int64_t kWorkspaceMargin = 1024;  // bytes between the workspaces of two threads
+
+// Calls run(workspace, next) in as many threads as there are, or as there are tasks, each with `bytes` of its own; they
+// take one task after the other by `next`.
+template <typename Run>
+void run_tasks(int64_t tasks, int64_t bytes, const Run& run) {
+  if (tasks == 0) return;
+  const int64_t workers = min_of(torch::stable::get_num_threads(), tasks);
+  const int64_t stride = ceil_div(bytes, kWorkspaceMargin) * kWorkspaceMargin + kWorkspaceMargin;
+  char* const memory = scratch<Scratch::threads>(workers * stride);
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t) { run(memory + begin * stride, next); });
+}
+
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -297,13 +311,8 @@ using AttentionKernel = decltype(cpu::Kernels::attention_forward);
 void run_attention(AttentionKernel kernel, const AttentionArgs& args, const Tensor& q, int64_t tasks, bool backward) {
   if (tasks == 0) return;
   const Dtype dtype = dtype_of(q);
-  const int64_t threads = min_of(torch::stable::get_num_threads(), tasks);
-  const int64_t elements = cpu::kernels().attention_workspace(args, dtype, backward);
-  const int64_t bytes = elements * wide_size(q);
-  char* const memory = scratch<Scratch::threads>(threads * bytes);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1,
-                              [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * bytes, next); });
+  run_tasks(tasks, cpu::kernels().attention_workspace(args, dtype, backward) * wide_size(q),
+            [&](void* workspace, std::atomic<int64_t>& next) { kernel(args, dtype, workspace, next); });
 }
 
 void run_forward(AttentionArgs& args, const Tensor& q) {
@@ -517,7 +526,6 @@ Tensor self_attention_backward_cpu(const Tensor& grad, const Tensor& out, const 
 constexpr int64_t kRowStep = 6;              // frames of a task are a multiple: AVX2's register tile, half of AVX-512's
 constexpr int64_t kBlockBytes = 600 * 1024;  // of input of a task: the more, the less often it reads the weights
 constexpr int64_t kMostRows = 24 * kRowStep;  // of a task
-constexpr int64_t kWorkspaceMargin = 1024;    // bytes between the workspaces of two threads
 
 // The rows of the batch among the frames of x [B, T, C], one row after the other; with `sizes`, of B == 1.
 struct Rows {
@@ -670,12 +678,8 @@ void run_linear(decltype(cpu::Kernels::projection_workspace) elements_of,
   const int64_t blocks = ceil_div(ceil_div(frames, most), threads) * threads;
   args.block = ceil_div(ceil_div(frames, blocks), kRowStep) * kRowStep;
   const Dtype dtype = dtype_of(x);
-  const int64_t tasks = ceil_div(frames, args.block), workers = min_of(threads, tasks);
-  const int64_t elements = ceil_div(elements_of(args, dtype), kWorkspaceMargin) * kWorkspaceMargin + kWorkspaceMargin;
-  char* const memory = scratch<Scratch::threads>(workers * elements * size);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(
-      0, workers, 1, [&](int64_t begin, int64_t) { kernel(args, dtype, memory + begin * elements * size, next); });
+  run_tasks(ceil_div(frames, args.block), elements_of(args, dtype) * size,
+            [&](void* workspace, std::atomic<int64_t>& next) { kernel(args, dtype, workspace, next); });
 }
 
 void check_signal(const Tensor& x) {
@@ -852,22 +856,39 @@ std::tuple<Tensor, Tensor> activation_backward_cpu(const Tensor& grad, const Ten
   return {activated, grad_hidden};
 }
 
-// The backward passes of projection and feed_forward, in float32 or float64.  Their products are torch's.
+// The backward passes of projection and feed_forward, in float32 or float64.
 Tensor as_matrix(const Tensor& x) { return torch::stable::view(x, {x.size(0) * x.size(1), x.size(2)}); }
 
-Tensor transposed(const Tensor& x) { return torch::stable::transpose(x, 0, 1); }
+constexpr int64_t kProductRows = 288, kProductStep = 12;  // of a task at most, and a multiple of every register tile
 
-// [B, T, C] of a matrix of as many rows.
-Tensor as_signal(const Tensor& matrix, const Tensor& like) {
-  return torch::stable::view(matrix, {like.size(0), like.size(1), matrix.size(1)});
+// Fills `out`, [rows, columns] in any shape, with a b; a is [rows, depth] or, if `transposed`, [depth, rows].  All are
+// contiguous.
+void multiply(const Tensor& a, bool transposed, const Tensor& b, Tensor& out) {
+  STD_TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && out.is_contiguous(), "matrices must be contiguous");
+  const int64_t depth = b.size(0), columns = b.size(1), rows = a.size(transposed ? 1 : 0);
+  if (depth == 0) torch::stable::zero_(out);
+  if (depth == 0 || rows == 0 || columns == 0) return;
+  ProductArgs args = {rows, depth, columns, a.data_ptr(), transposed, b.data_ptr(), out.data_ptr(), 0};
+  // Tasks of about the same size, and as many for every thread.
+  const int64_t threads = torch::stable::get_num_threads(), across = ceil_div(columns, kProductColumns);
+  int64_t down = ceil_div(rows, kProductRows);
+  while (down * across % threads && down * kProductStep < rows) ++down;
+  args.block = ceil_div(ceil_div(rows, down), kProductStep) * kProductStep;
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Dtype dtype = dtype_of(a);
+  run_tasks(ceil_div(rows, args.block) * across, kernels.product_workspace(args, dtype) * wide_size(a),
+            [&](void* workspace, std::atomic<int64_t>& next) { kernels.product(args, dtype, workspace, next); });
 }
 
 // grad @ weight, [B, T, C].
 Tensor gradient_of_input(const Tensor& grad, const Tensor& weight) {
   const int64_t channels = weight.size(1);
-  if (!is_thin(grad)) return as_signal(torch::stable::matmul(as_matrix(grad), weight), grad);
   Tensor out = torch::stable::new_empty(grad, {grad.size(0), grad.size(1), channels});
   const Tensor dense = torch::stable::contiguous(weight);
+  if (!is_thin(grad)) {
+    multiply(as_matrix(grad), false, dense, out);
+    return out;
+  }
   const int64_t frames = grad.size(0) * grad.size(1), rows = weight.size(0);
   const ThinArgs args = {frames, channels, rows, nullptr, grad.data_ptr(), dense.data_ptr(), out.data_ptr()};
   torch::stable::parallel_for(0, channels, max_of(64, kGrain / max_of(1, rows)), [&](int64_t begin, int64_t end) {
@@ -879,9 +900,12 @@ Tensor gradient_of_input(const Tensor& grad, const Tensor& weight) {
 
 // grad.T @ x, [N, C].
 Tensor gradient_of_weight(const Tensor& grad, const Tensor& x) {
-  if (!is_thin(grad)) return torch::stable::matmul(transposed(as_matrix(grad)), as_matrix(x));
   const int64_t rows = grad.size(2), channels = x.size(2), frames = grad.size(0) * grad.size(1);
   Tensor out = torch::stable::new_empty(grad, {rows, channels});
+  if (!is_thin(grad)) {
+    multiply(as_matrix(grad), true, as_matrix(x), out);
+    return out;
+  }
   const ThinArgs args = {frames, channels, rows, x.data_ptr(), grad.data_ptr(), nullptr, out.data_ptr()};
   torch::stable::parallel_for(0, rows, max_of(1, kGrain / max_of(1, channels)), [&](int64_t begin, int64_t end) {
     cpu::kernels().thin_weight_gradient(args, dtype_of(grad), begin, end);
@@ -934,12 +958,13 @@ GradientOfLinear gradient_of_linear(const Tensor& grad, const Tensor& scaled, co
   if (bias) check_tensor("bias", *bias, {rows}, x.scalar_type());
   GradientOfLinear found = {torch::stable::new_zeros(x, {rows, channels}), torch::stable::new_zeros(x, {rows}),
                             torch::stable::new_empty(x, {batch.count(), rows})};
+  Tensor products = torch::stable::new_empty(x, {rows, channels});
   const Tensor sums = torch::stable::new_empty(x, {rows}), dense_weight = torch::stable::contiguous(weight),
                dense_gate = torch::stable::contiguous(*gate);
   const OptionalTensor dense_bias = bias ? OptionalTensor(torch::stable::contiguous(*bias)) : OptionalTensor();
   for (int64_t b = 0; b < batch.count(); ++b) {
     const Tensor grad_row = row_of(grad, batch, b);
-    const Tensor products = torch::stable::matmul(transposed(grad_row), row_of(x, batch, b));
+    multiply(grad_row, true, row_of(x, batch, b), products);
     sum_columns(grad_row.data_ptr(), batch.size(b), rows, rows, dtype, sums.data_ptr());
     const GatedGradientArgs args = {channels,
                                     products.data_ptr(),

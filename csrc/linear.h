@@ -96,6 +96,17 @@ struct ThinArgs {
   void* out;                       // the result, the gradient of x, or that of the weight
 };
 
+// out = a b with more frames, on the CPU; contiguous, in float32 or float64.
+constexpr int64_t kProductColumns = 512;  // of a task
+struct ProductArgs {
+  int64_t rows, depth, columns;
+  const void* a;  // [rows, depth], or if `transposed` [depth, rows]
+  bool transposed;
+  const void* b;  // [depth, columns]
+  void* out;      // [rows, columns]
+  int64_t block;  // rows of a task, a multiple of 12
+};
+
 struct ActivationBackwardArgs {
   Activation activation;
   const void *grad, *pre_activation;

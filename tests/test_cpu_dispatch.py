@@ -16,6 +16,7 @@ import torch
 from fastflow import backend
 from fastflow.ops.conv_block import conv_block, conv_block_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
+from fastflow.ops.projection import projection, projection_ref
 from fastflow.testing.tolerances import assert_parity
 
 if backend.extension is None:
@@ -88,6 +89,42 @@ def test_conv_block_agrees_with_the_reference_under_every_capability(capability:
     want = conv_block_results(conv_block_ref, tensors, rule)
     truth = conv_block_results(conv_block_ref, [tensor.double() for tensor in tensors], rule)
     assert_parity(got, want, truth, case=f"conv_block {capability} {dtype}", sums=(3 * 37, 3 * 44, 2 * 67))
+
+
+def linear_results(function, tensors, **where) -> dict[str, torch.Tensor]:
+    x, weight, bias, grad = (tensor.clone().requires_grad_() for tensor in tensors)
+    out = function(x, [weight], [bias], **where)
+    return {"out": out.detach(), **dict(zip("xwb", torch.autograd.grad(out, [x, weight, bias], grad), strict=True))}
+
+
+@pytest.mark.parametrize("dtype", sorted(backend.FLOATS, key=str), ids=str)
+@pytest.mark.parametrize(
+    ("frames", "channels", "width"),
+    [(17, 1, 1), (17, 600, 13), (300, 513, 31), (31, 33, 530), (577, 270, 300)],
+    ids=["least", "many channels", "more than a task", "wide", "several tasks"],
+)
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_large_products_agree_with_the_reference_under_every_capability(capability, frames, channels, width, dtype):
+    """Sizes that fill no panel, and sums of more terms than are added at a time, in both gradients."""
+    native.set_cpu_capability(capability)
+    shapes = (1, frames, channels), (width, channels), (width,), (1, frames, width)
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    got = linear_results(projection, tensors, backend="cpu")
+    want = linear_results(projection_ref, tensors)
+    truth = linear_results(projection_ref, [tensor.double() for tensor in tensors])
+    assert_parity(got, want, truth, case=f"projection {capability} {dtype}", sums=(frames, channels, width))
+
+
+def test_a_product_does_not_depend_on_the_number_of_threads():
+    tensors = [torch.randn(shape) for shape in ((1, 577, 270), (300, 270), (300,), (1, 577, 300))]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append(linear_results(projection, tensors, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[name], results[0][name]) for found in results for name in found)
 
 
 @pytest.mark.parametrize("capability", SUPPORTED)

@@ -32,6 +32,8 @@ namespace {
    &capability::thin_forward,           \
    &capability::thin_input_gradient,    \
    &capability::thin_weight_gradient,   \
+   &capability::product_workspace,      \
+   &capability::product,                \
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
    &capability::conv_block_run,         \

@@ -42,6 +42,8 @@ namespace fastflow::cpu {
                     int64_t begin, int64_t end);                                                                       \
   void thin_input_gradient(const ThinArgs& args, Dtype dtype, void* workspace, int64_t begin, int64_t end);            \
   void thin_weight_gradient(const ThinArgs& args, Dtype dtype, int64_t begin, int64_t end);                            \
+  int64_t product_workspace(const ProductArgs& args, Dtype dtype);                                                     \
+  void product(const ProductArgs& args, Dtype dtype, void* workspace, std::atomic<int64_t>& next);                     \
   int64_t conv_block_shared(const ConvBlockArgs& args, Dtype dtype, bool backward);                                    \
   ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                         \
   void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,                   \
@@ -94,6 +96,9 @@ struct Kernels {
   decltype(&baseline::thin_input_gradient) thin_input_gradient;
   // Rows [begin, end).
   decltype(&baseline::thin_weight_gradient) thin_weight_gradient;
+  // Workspace and tasks as for attention.
+  decltype(&baseline::product_workspace) product_workspace;
+  decltype(&baseline::product) product;
   // Elements, of the type to compute in, of the memory that the threads of all phases share.
   decltype(&baseline::conv_block_shared) conv_block_shared;
   decltype(&baseline::conv_block_plan) conv_block_plan;
