@@ -57,11 +57,13 @@ inline Real sum_of(const Real* x, int64_t count, const Term& term) {
   return sum;
 }
 
-// (x - mean) / deviation * scale + shift; in two passes, as the difference of two large sums would lose digits.
+// (x - mean) / deviation * scale + shift.  The variance takes a pass of its own, as the difference of two large sums
+// would lose digits, and so does what rounding left out of the mean, which is much where x is far from zero.
 template <typename Real>
 void normalise(const Real* __restrict scale, const Real* __restrict shift, int64_t count, Real eps, Real* __restrict x,
                Real& mean, Real& rstd) {
-  const Real m = mean = sum_of(x, count, [](auto v) { return v; }) / count;
+  const Real rough = sum_of(x, count, [](auto v) { return v; }) / count;
+  const Real m = mean = rough + sum_of(x, count, [rough](auto v) { return v - rough; }) / count;
   const Real variance = sum_of(x, count, [m](auto v) { return (v - m) * (v - m); }) / count;
   const Real factor = rstd = 1 / std::sqrt(variance + eps);
   for (int64_t c = 0; c < count; ++c) x[c] = (x[c] - m) * factor * scale[c] + shift[c];
