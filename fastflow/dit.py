@@ -24,7 +24,7 @@ from fastflow.ops.half import autocast_fitted, linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, normalised, pack, packing_of, unpack
-from fastflow.recompute import Block, Recomputing
+from fastflow.recompute import Block, CheapBlock, Recomputing
 from fastflow.unet import time_features
 
 TIME_FEATURES = 256
@@ -65,7 +65,7 @@ def _rest(cond: Tensor, mu: Tensor, spks: Tensor | None) -> list[Tensor]:
     return [cond, mu] if spks is None else [cond, mu, spks[:, None].expand(-1, mu.shape[1], -1)]
 
 
-class InputEmbedding(nn.Module):
+class InputEmbedding(CheapBlock):
     """Project the channels x, cond, mu, spks (in this order) and add the convolutional position embedding."""
 
     def __init__(self, in_channels: int, dim: int) -> None:
@@ -73,7 +73,7 @@ class InputEmbedding(nn.Module):
         self.proj = nn.Linear(in_channels, dim)
         self.conv_pos_embed = CausalConvPositionEmbedding(dim)
 
-    def forward(self, x: Tensor, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, cond: Tensor, mu: Tensor, spks: Tensor | None) -> Tensor:  # type: ignore[override]
         x = saturated(self.proj(autocast_fitted(torch.cat([x, *_rest(cond, mu, spks)], -1))))
         return saturated(x + self.conv_pos_embed(x))
 

@@ -16,7 +16,7 @@ from fastflow.ops.half import linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, pack, packing_of, unpack
-from fastflow.recompute import Block, Recomputing
+from fastflow.recompute import Block, CheapBlock, Recomputing
 
 
 def relative_positions(frames: int, width: int, like: Tensor) -> Tensor:
@@ -291,7 +291,7 @@ class ConformerEncoder(Recomputing, Padded):
         return saturated(self.after_norm(x)), length_mask(xs_lens, xs.shape[1])[:, None]
 
 
-class PreLookaheadLayer(nn.Module):
+class PreLookaheadLayer(CheapBlock):
     """Two convolutions and a residual that let every token see ``pre_lookahead_len`` tokens ahead."""
 
     def __init__(self, in_channels: int, channels: int, pre_lookahead_len: int = 1) -> None:
@@ -300,7 +300,7 @@ class PreLookaheadLayer(nn.Module):
         self.conv1 = Conv1d(in_channels, channels, kernel_size=pre_lookahead_len + 1)
         self.conv2 = Conv1d(channels, in_channels, kernel_size=3)
 
-    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """``[B, T, C]`` -> ``[B, T, C]``.
 
         Args:
@@ -310,6 +310,9 @@ class PreLookaheadLayer(nn.Module):
         Raises:
             ValueError: a context of another length, or in training mode.
         """
+        return super().forward(inputs, context)
+
+    def _compute(self, inputs: Tensor, context: Tensor | None) -> Tensor:  # type: ignore[override]
         x = inputs.transpose(1, 2)
         if context is None or context.shape[1] == 0:
             x = F.pad(x, (0, self.pre_lookahead_len))

@@ -1,7 +1,8 @@
 """The memory modes of a flow: what a training step keeps for its backward pass, and what it computes again there.
 
 * ``auto``, the default: ``none``, but where the input of attention has more than 2048 frames, all rows together, its q,
-  k and v are computed again.  Of 8 x 1000 frames CosyVoice 1 keeps a third less, for one product more.
+  k and v are computed again.  Of 8 x 1000 frames CosyVoice 1 keeps a third less, for one product more.  The same holds
+  for what is cheap before the blocks: a DiT's input embedding, and the layer in which tokens look ahead.
 * ``none``: the input of every product and the result of every product that something else needs.  Norms and activations
   are computed again, as the ops always do.
 * ``selective``: the input of every sub-layer, attention's output and its softmax sums, and of at most 2048 frames what
@@ -104,7 +105,18 @@ class Block(Recomputing):
     def _compute(self, x: Tensor, *args: Any) -> Tensor:
         raise NotImplementedError
 
+    def is_replayed(self, x: Tensor) -> bool:
+        """Whether the backward pass calls ``_compute`` on x again."""
+        return self.recompute == "block" and not self.is_one_op(x)
+
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        if self.recompute == "block" and not self.is_one_op(x) and records(self, x):
+        if self.is_replayed(x) and records(self, *(arg for arg in (x, *args) if isinstance(arg, Tensor))):
             return replayed(self._compute, x, *args, draws=self.draws)
         return self._compute(x, *args)
+
+
+class CheapBlock(Block):
+    """A block that takes little of a step's time: computed again in the modes in which q, k and v are."""
+
+    def is_replayed(self, x: Tensor) -> bool:
+        return super().is_replayed(x) or not self.keeps_heads(x)

@@ -64,6 +64,8 @@ PARAMETERS = {
 FRAMES, ROWS = 200, 2
 # Upstream's own bytes for backward of this batch in float32, measured on its code.
 UPSTREAM_SAVED_MIB = {"cosyvoice": 452, "cosyvoice2": 804, "cosyvoice3": 680}
+# The same of 8 x 1000 frames: eight times what benchmarks/run.py counts in train-1x1000.
+UPSTREAM_SAVED_OF_LONG_ROWS_MIB = {"cosyvoice": 14_531, "cosyvoice2": 30_257, "cosyvoice3": 14_194}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +132,14 @@ def test_saved_bytes_of_every_mode_equal_those_of_a_real_training_step(name):
         kept[mode] = saved.bytes
     memory = report.report(config.preset(name), name, 60, 2).memory
     assert {part.mode: part.saved_bytes for part in memory} == kept
+
+
+@pytest.mark.parametrize("name", UPSTREAM_SAVED_OF_LONG_ROWS_MIB)
+def test_long_rows_keep_a_quarter_of_upstreams_and_a_fifteenth_in_block_mode(name):
+    modes = report.report(config.preset(name), name, frames=1000, batch=8).memory
+    kept = {mode.mode: mode.saved_bytes / 2**20 for mode in modes}
+    assert kept["auto"] <= UPSTREAM_SAVED_OF_LONG_ROWS_MIB[name] / 4
+    assert kept["block"] <= UPSTREAM_SAVED_OF_LONG_ROWS_MIB[name] / 15
 
 
 def test_attention_of_a_unet_block_beside_upstreams():
