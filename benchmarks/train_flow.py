@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fastflow
 from fastflow import demo
 from fastflow.config import PRESETS
-from fastflow.training import StabilityMonitor, freeze, gradient_flow, parameter_groups
+from fastflow.training import StabilityMonitor, freeze, gradient_flow, keep_freed_memory, parameter_groups
 from fastflow.training.batches import FrameBatches
 from fastflow.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fastflow.training.corpus import Sample, collate, lengths, read
@@ -226,6 +226,7 @@ def train(trainer: Trainer) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    keep_freed_memory()
     place = Place.find(args.device)
     try:
         trainer = Trainer(args, place)

@@ -14,6 +14,7 @@ A moving average of the weights needs nothing of ours either; it synthesises, sa
 
 from fastflow.training.gradients import Gradient, GradientFlow, gradient_flow
 from fastflow.training.groups import freeze, parameter_groups, unfreeze
+from fastflow.training.memory import keep_freed_memory
 from fastflow.training.monitor import NonFiniteError, StabilityMonitor, StepRecord
 from fastflow.training.overflow import Activation, OverflowMonitor
 from fastflow.training.spikes import SpikeDetector
@@ -29,6 +30,7 @@ __all__ = [
     "StepRecord",
     "freeze",
     "gradient_flow",
+    "keep_freed_memory",
     "parameter_groups",
     "unfreeze",
 ]
