@@ -18,7 +18,9 @@ from jobs import PROVIDERS
 from machine import describe
 from plot import draw
 from registry import CASES, Case
-from runner import FULL, QUICK, copy_rate, matmul_rate, run_case
+from runner import FULL, QUICK, Matmul, copy_rate, run_case
+
+from fastflow.training import keep_freed_memory
 
 DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("auto", "cuda", "triton", "cosyvoice")}
 
@@ -140,8 +142,10 @@ def measure(args: argparse.Namespace, cases: list[Case], result: dict[str, Any])
 
         effort = QUICK if args.quick else FULL
         providers = args.providers or default_providers(case, args.quick, args.device)
-        measured = run_case(case, providers, device, effort, result["matmul_gflops"] * 1e9, tell)
+        measured = run_case(case, providers, device, effort, tell)
         result["cases"].append(measured)
+        if "matmul_gflops" in measured:
+            result["matmul_gflops"] = max(result["matmul_gflops"], measured["matmul_gflops"]["p80"])
         progress.case_done()
         show(measured)
         if args.out:
@@ -162,7 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **describe(device),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "quick": args.quick,
-        "matmul_gflops": matmul_rate(device) / 1e9,
+        "keeps_freed_memory": keep_freed_memory(),
+        "matmul_gflops": Matmul(device)() / 1e9,  # the best of what is seen, in the end
         "copy_gbytes": copy_rate(device) / 1e9,
         "cases": [],
         "not_run": [],

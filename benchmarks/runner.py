@@ -1,5 +1,6 @@
 """Check, count and time one case, in this order: a provider that is wrong gets no time."""
 
+import itertools
 import math
 import re
 import statistics
@@ -48,12 +49,19 @@ def _time(step: Step, loops: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / loops
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s that this machine reaches now in a large float32 matrix product: the best of ten."""
-    size = MATMUL_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device) for _ in range(2))
-    times = [_time(lambda: {"c": a @ b}, 1, device) for _ in range(11)]
-    return 2 * size**3 / min(times[1:])
+class Matmul:
+    """A large float32 matrix product, whose FLOP/s are what this machine reaches at the moment."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.size = device, MATMUL_SIZE[device.type]
+        own = torch.Generator(device).manual_seed(0)  # leaves the numbers that the steps draw alone
+        self.factors = [torch.randn(self.size, self.size, device=device, generator=own) for _ in range(2)]
+
+    def __call__(self) -> float:
+        """FLOP/s: the median of five, after one to warm up."""
+        a, b = self.factors
+        times = [_time(lambda: {"c": a @ b}, 1, self.device) for _ in range(6)]
+        return 2 * self.size**3 / statistics.median(times[1:])
 
 
 def copy_rate(device: torch.device) -> float:
@@ -140,11 +148,15 @@ def count(job: Job, step: Step, compiled: bool, device: torch.device) -> dict[st
     return numbers
 
 
-def alternate(steps: dict[str, Step], device: torch.device, effort: Effort) -> tuple[dict[str, list[float]], int]:
+def alternate(
+    steps: dict[str, Step], device: torch.device, effort: Effort
+) -> tuple[dict[str, list[float]], int, list[float]]:
     """Time the steps in turn, each round with the same random numbers for all and another one first.
 
-    Returns the seconds per step of each round, and the number of steps in one sample.
+    Returns the seconds per step of each round, the number of steps in one sample, and for each round the FLOP/s that a
+    matrix product reached before and after it, as their mean.
     """
+    matmul = Matmul(device)
     seed(0)
     warm = {name: _time(step, 1, device) for name, step in steps.items()}
     warm = {name: min(warm[name], _time(step, 1, device)) for name, step in steps.items()}
@@ -153,12 +165,14 @@ def alternate(steps: dict[str, Step], device: torch.device, effort: Effort) -> t
     rounds = int(min(max(fitting, effort.min_rounds), effort.max_rounds))
     samples: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
+    rates = [matmul()]
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             seed(number)
             samples[name].append(_time(steps[name], loops, device))
-    return samples, loops
+        rates.append(matmul())
+    return samples, loops, [(a + b) / 2 for a, b in itertools.pairwise(rates)]
 
 
 def run_case(
@@ -166,7 +180,6 @@ def run_case(
     providers: Sequence[str],
     device: torch.device,
     effort: Effort,
-    rate: float,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> dict[str, Any]:
     """Measure one case.
@@ -176,12 +189,12 @@ def run_case(
         providers: names; the reference always runs too.
         device: where.
         effort: how long to measure.
-        rate: FLOP/s of the machine, as :func:`matmul_rate` gives it.
         progress: told what is being done.
 
     Returns:
-        A dict for JSON: name, title and, by provider, a status (ok, unavailable, wrong, failed) with the reason or the
-        numbers: milliseconds, ratio to the reference of the same round, counts, share of ``rate``.
+        A dict for JSON: name, title, the GFLOP/s of a matrix product and, by provider, a status (ok, unavailable,
+        wrong, failed) with the reason or the numbers: milliseconds, ratio to the reference of the same round, counts,
+        share of the matrix product's FLOP/s around the same round.
     """
     progress("setting up")
     job = case.job(device)
@@ -199,17 +212,19 @@ def run_case(
     for name, step in steps.items():
         progress(f"counting {name}")
         outcome[name] |= count(job, step, name == "compile", device)
+    measured = {"name": case.name, "title": case.title, "device": device.type, "providers": outcome}
     if "reference" in steps:
         progress("timing")
-        samples, loops = alternate(steps, device, effort)
+        samples, loops, rates = alternate(steps, device, effort)
+        measured["matmul_gflops"] = summary([rate / 1e9 for rate in rates])
         flops = outcome["reference"]["flops"]
         for name, times in samples.items():
             ratios = [t / r for t, r in zip(times, samples["reference"], strict=True)]
             outcome[name] |= {
                 "ms": summary([1e3 * t for t in times]),
                 "ratio": summary(ratios),
-                "matmul_share": flops / statistics.median(times) / rate,
+                "matmul_share": statistics.median(flops / t / rate for t, rate in zip(times, rates, strict=True)),
                 "rounds": len(times),
                 "steps_per_sample": loops,
             }
-    return {"name": case.name, "title": case.title, "device": device.type, "providers": outcome}
+    return measured

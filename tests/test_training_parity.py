@@ -62,14 +62,21 @@ def test_a_small_error_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_writes_table_record_and_picture(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(parity.upstream, "missing", lambda: "not importable: cosyvoice")
-    monkeypatch.setattr(sys, "argv", ["training_parity.py", "--steps", "2", "--only", "v3", "--out", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["training_parity.py", "--steps", "2", "--draws", "2", "--only", "v3", "--out", str(tmp_path)]
+    )
     parity.main()
     (record,) = tmp_path.glob("training-parity-*.json")
     result = json.loads(record.read_text())
-    assert list(result["curves"]["v3"]) == [f"{p} {d}" for d in ("float32", "bfloat16") for p in BOTH]
-    assert all(len(losses) == 2 for losses in result["curves"]["v3"].values())
-    apart = result["distances"]["v3"]
-    assert apart["auto float32"] < 1e-5 < apart["auto bfloat16"]
+    first, second = result["curves"]["v3"]
+    assert list(first) == [f"{p} {d}" for d in ("float32", "bfloat16") for p in BOTH]
+    assert all(len(losses) == 2 for losses in first.values())
+    assert first["reference float32"] != second["reference float32"], "each draw has weights and batches of its own"
+    for apart in result["distances"]["v3"]:
+        assert apart["auto float32"] < 1e-5 < apart["auto bfloat16"]
+    values = [apart["auto bfloat16"] for apart in result["distances"]["v3"]]
+    summary = {"median": pytest.approx(sum(values) / 2), "smallest": min(values), "largest": max(values)}
+    assert result["summary"]["v3"]["auto bfloat16"] == summary
     assert record.with_suffix(".png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "cosyvoice is left out: not importable: cosyvoice" in printed
