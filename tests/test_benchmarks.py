@@ -164,13 +164,13 @@ def test_providers_alternate_within_a_round_and_share_its_random_numbers():
 
 
 def test_the_share_of_the_matmul_rate_is_that_of_the_same_round(every_backend_runs, monkeypatch):
-    """A machine whose speed changes from round to round: twice as fast, then half as fast, as at first."""
-    rates = [100e9, 200e9, 50e9]
-    taken = {"reference": [1.0, 0.5, 2.0], "cpu": [0.5, 0.25, 1.0]}
+    """On a machine whose speed changes, neither the first rate nor the median one gives the same."""
+    rates = [100e9, 10e9, 40e9]
+    taken = {"reference": [1.0, 2.0, 4.0], "cpu": [0.5, 1.0, 2.0]}
     monkeypatch.setattr(runner, "alternate", lambda *_: (taken, 1, rates))
     monkeypatch.setattr(runner, "count", lambda *_: {"flops": 80e9})
     measured = runner.run_case(case_of(softplus), ["cpu"], CPU, FAST)
-    assert measured["matmul_gflops"]["median"] == 100
+    assert measured["matmul_gflops"]["median"] == 40
     assert measured["providers"]["reference"]["matmul_share"] == pytest.approx(0.8)
     assert measured["providers"]["cpu"]["matmul_share"] == pytest.approx(1.6)
 

@@ -50,32 +50,25 @@ void copy_right(const ProductArgs& args, int64_t first, int64_t columns, int64_t
   }
 }
 
-// out (+)= left * panel, of `rows` rows.
-template <typename Real>
-void multiply_panel(const ProductArgs& args, int64_t rows, int64_t depth, const Block<Real>& left, const Real* panel,
-                    Real* out, int64_t stride, bool accumulate) {
-  const Panels<Real> panels = {const_cast<Real*>(panel), kColumns<Real>, 0};
-  if (args.transposed)
-    multiply<Left::columns>(rows, 1, depth, left.data, left.stride, panels, out, stride, accumulate);
-  else
-    multiply<Left::rows>(rows, 1, depth, left.data, left.stride, panels, out, stride, accumulate);
-}
-
 template <typename Real>
 void multiply_task(const ProductArgs& args, int64_t row, int64_t column, const Copies<Real>& copies) {
   constexpr int64_t width = kColumns<Real>;
   const int64_t rows = min_of(args.block, args.rows - row), columns = min_of(kProductColumns, args.columns - column);
-  const int64_t whole = columns / width * width;
+  const int64_t panels = columns / width, whole = panels * width;
   Real* const out = static_cast<Real*>(args.out) + row * args.columns + column;
   for (int64_t k = 0; k < args.depth; k += kDepth) {
     const int64_t depth = min_of(kDepth, args.depth - k);
     copy_right(args, column, columns, k, depth, copies.right);
     copy_left(args, row, rows, k, depth, copies.left);
-    for (int64_t j = 0; j < whole; j += width)
-      multiply_panel(args, rows, depth, copies.left, copies.right + j * kDepth, out + j, args.columns, k > 0);
-    if (whole < columns)
-      multiply_panel(args, rows, depth, copies.left, copies.right + whole * kDepth, copies.edge.data,
-                     copies.edge.stride, k > 0);
+    const auto multiply_panels = [&](int64_t first, int64_t count, Real* to, int64_t stride) {
+      const Panels<Real> right = {copies.right + first * kDepth * width, width, kDepth * width};
+      if (args.transposed)
+        multiply<Left::columns>(rows, count, depth, copies.left.data, copies.left.stride, right, to, stride, k > 0);
+      else
+        multiply<Left::rows>(rows, count, depth, copies.left.data, copies.left.stride, right, to, stride, k > 0);
+    };
+    multiply_panels(0, panels, out, args.columns);
+    if (whole < columns) multiply_panels(panels, 1, copies.edge.data, copies.edge.stride);
   }
   for (int64_t i = 0; i < rows && whole < columns; ++i)
     std::copy_n(copies.edge.row(i), columns - whole, out + i * args.columns + whole);
