@@ -10,6 +10,7 @@ figures of every step, the folder also TensorBoard events and pictures of mel; `
 
 import argparse
 import contextlib
+import gc
 import os
 import random
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its functions' default arguments would hold the process group for ever
 from torch import Tensor, nn
 
 import fastflow
@@ -92,6 +94,14 @@ class Place:
         if self.world > 1:
             dist.all_gather_object(found, value)
         return found
+
+    def leave(self) -> None:
+        """Part from the other processes; nothing may hold the process group any more."""
+        if self.world > 1:
+            # What is left of the group at the interpreter's end has threads, and one that lets go of a tensor then
+            # aborts the process. DDP is part of reference cycles and would be left.
+            gc.collect()
+            dist.destroy_process_group()
 
 
 class Trainer:
@@ -205,6 +215,15 @@ def draw(path: Path, utterance: demo.Utterance, mel: Tensor) -> None:
     figure.savefig(path)
 
 
+def run(args: argparse.Namespace, place: Place) -> None:
+    trainer = Trainer(args, place)
+    trainer.resume()
+    if place.rank == 0 and not trainer.monitor.steps:
+        print(gradient_flow(trainer.flow, _to(collate(trainer.samples[:2]), place.device)).table())
+    train(trainer)
+    trainer.monitor.close()
+
+
 def train(trainer: Trainer) -> None:
     from tqdm import tqdm
 
@@ -229,18 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     place = Place.find(args.device)
     try:
-        trainer = Trainer(args, place)
-        trainer.resume()
-        if place.rank == 0 and not trainer.monitor.steps:
-            print(gradient_flow(trainer.flow, _to(collate(trainer.samples[:2]), place.device)).table())
-        train(trainer)
-        trainer.monitor.close()
+        run(args, place)
     except (ValueError, FileNotFoundError, ImportError, ArithmeticError) as error:
         print(f"train_flow: {error}", file=sys.stderr)
         return 1
     finally:
-        if place.world > 1:
-            dist.destroy_process_group()
+        place.leave()
     return 0
 
 

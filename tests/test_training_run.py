@@ -278,8 +278,21 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(folder: Path, tmp_p
     fastflow.from_preset("tiny3").load_state_dict(weights[1])
 
 
+# Runs the script that is its first argument, then prints which threads are left.
+WATCHED = """
+import pathlib, runpy, sys
+del sys.argv[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("threads left:", *(task.read_text().strip() for task in pathlib.Path("/proc/self/task").glob("*/comm")))
+"""
+
+
 def test_the_example_trains_in_two_processes(folder: Path, tmp_path: Path) -> None:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    watched = tmp_path / "watched.py"
+    watched.write_text(WATCHED)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(watched)]
     more = ["--steps", "3", "--accumulate", "2", "--max-frames", "200", "--bf16", "--freeze", "speaker"]
     done = subprocess.run(
         [*start, *command(folder, tmp_path, *more)[1:]], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
@@ -287,6 +300,8 @@ def test_the_example_trains_in_two_processes(folder: Path, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     assert len(figures(tmp_path)) == 3
     assert len(load_checkpoint(checkpoints(tmp_path)[-1])["rng"]) == 2
+    assert done.stdout.count("threads left:") == 2
+    assert "gloo" not in done.stdout  # a thread of gloo's that outlives the interpreter may abort the process
 
 
 def test_the_examples_errors_are_one_line(tmp_path: Path) -> None:
