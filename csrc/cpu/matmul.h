@@ -22,10 +22,10 @@ constexpr int64_t kColumns = 2 * kLanes<Real>;
 // A row-major matrix is one with panel_stride = kColumns.
 template <typename Real>
 struct Panels {
-  Real* data;
+  const Real* data;
   int64_t stride, panel_stride;
 
-  Real* panel(int64_t p) const { return data + p * panel_stride; }
+  const Real* panel(int64_t p) const { return data + p * panel_stride; }
 };
 
 // The memory of a left matrix: one row after the other, or one column after the other.
