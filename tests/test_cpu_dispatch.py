@@ -100,8 +100,8 @@ def linear_results(function, tensors, **where) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", sorted(backend.FLOATS, key=str), ids=str)
 @pytest.mark.parametrize(
     ("frames", "channels", "width"),
-    [(17, 1, 1), (17, 600, 13), (300, 513, 31), (31, 33, 530), (577, 270, 300)],
-    ids=["least", "many channels", "more than a task", "wide", "several tasks"],
+    [(17, 1, 1), (17, 600, 13), (300, 513, 31), (31, 33, 530), (577, 270, 300), (35, 40, 1024)],
+    ids=["least", "many channels", "more than a task", "wide", "several tasks", "a page apart"],
 )
 @pytest.mark.parametrize("capability", SUPPORTED)
 def test_large_products_agree_with_the_reference_under_every_capability(capability, frames, channels, width, dtype):
