@@ -11,6 +11,7 @@ figures of every step, the folder also TensorBoard events and pictures of mel; `
 import argparse
 import contextlib
 import gc
+import importlib
 import os
 import random
 import sys
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # imported later, its functions' default arguments would hold the process group for ever
 from torch import Tensor, nn
 
 import fastflow
@@ -79,6 +79,8 @@ class Place:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # DDP imports this; once the group exists, the default arguments in there would hold it for ever.
+        importlib.import_module("torch.distributed.nn")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         return Place(device, dist.get_rank(), dist.get_world_size())
 
