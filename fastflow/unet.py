@@ -26,6 +26,7 @@ from fastflow.layers import (
     transform,
 )
 from fastflow.ops.conv_block import conv_block
+from fastflow.ops.half import autocast_dtype
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
 from fastflow.padding import Packing, Padded, pack, packing_of, unpack
@@ -113,6 +114,10 @@ class ResnetBlock1D(Block):
     ) -> Tensor:
         """``time_bias``: ``[B, dim_out]``, what ``mlp`` gives.  The result is packed, x is not."""
         h = self.block2(self.block1(x, lengths, time_bias), lengths)
+        if autocast_dtype(h) is not None:
+            # As upstream's norm gives it on a GPU: from here to the next convolution all is added to it, and beside the
+            # hundreds that it grows to bfloat16 would lose what a block adds.
+            h = h.float()
         last = plain(self.res_conv, nn.Conv1d)
         return projection(pack(x, packing), [last.weight[:, :, 0]], [last.bias], residual=pack(h, packing))
 

@@ -144,19 +144,22 @@ def _vectors(*vectors: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     return dense, [p.stride(0) if p is not None and p.dim() == 2 else 0 for p in dense]
 
 
-def norm_forward(x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def norm_forward(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch the forward kernel.
 
     Args:
         x: ``[B, T, C]`` of any strides.
         scale, shift: ``[C]`` or ``[B, C]``; None for 1 and 0.
         eps: added to the variance.
+        dtype: of the result; None for that of x.
 
     Returns:
         The normalised x, contiguous, and mean and 1 / deviation, ``[2, B, T]``.
     """
     batch, frames, channels = x.shape
-    out = x.new_empty((batch, frames, channels))
+    out = x.new_empty((batch, frames, channels), dtype=dtype)
     stats = x.new_empty((2, batch, frames), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     if out.numel():
         config = _config(x)
@@ -179,13 +182,13 @@ def norm_backward(
     """Launch the backward kernel on contiguous ``[B, T, C]``.
 
     Returns:
-        The gradient of x, the normalised x again, and ``[B, chunks, 2, C]``, the sums over CHUNK frames of
-        grad * (x - mean) / deviation and of grad, in the dtype of ``stats``.
+        The gradient of x, the normalised x again, in the dtype of ``grad``, and ``[B, chunks, 2, C]``, the sums over
+        CHUNK frames of grad * (x - mean) / deviation and of grad, in the dtype of ``stats``.
     """
     batch, frames, channels = x.shape
     chunks = triton.cdiv(frames, CHUNK)
     grad_x = x.new_empty((batch, frames, channels))
-    normalised = x.new_empty((batch, frames, channels))
+    normalised = grad.new_empty((batch, frames, channels))
     sums = stats.new_empty((batch, chunks, 2, channels))
     if grad_x.numel():
         vectors, strides = _vectors(scale, shift)

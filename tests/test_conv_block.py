@@ -465,17 +465,18 @@ def test_activation_checkpointing(backend, device):
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @both_norms
-def test_autocast_casts_as_a_convolution_does(form, dtype, backend, device):
-    """What comes in float32 and what autocast's linear layers hand over; the gradients have the parameters' dtype."""
+def test_autocast_loses_no_more_than_in_the_reference(form, dtype, backend, device):
+    """From a float32 x, and from one that autocast's layers hand over; each gradient keeps its tensor's dtype."""
     tensors, grad, rule = make(form, device=device)
-    rounded = {name: x.to(dtype) for name, x in tensors.items()}
-    want = run(rounded, grad.to(dtype), rule, backend=backend)
-    for x in (tensors["x"], rounded["x"]):
+    grad = grad.to(dtype)
+    for x in (tensors["x"], tensors["x"].to(dtype)):
+        given = tensors | {"x": x}
         with torch.autocast(device.type, dtype):
-            got = run(tensors | {"x": x}, grad.to(dtype), rule, backend=backend)
-        for name in want:
-            assert got[name].dtype == (dtype if name == "out" else x.dtype if name == "grad_x" else torch.float32)
-            torch.testing.assert_close(got[name].to(dtype), want[name])
+            got, eager = (run(given, grad, rule, backend=name) for name in (backend, "reference"))
+        truth = run({n: t.double() for n, t in given.items()}, grad.double(), rule, function=conv_block_ref)
+        assert got["out"].dtype == dtype
+        got, eager = ({n: t.to(dtype) for n, t in results.items()} for results in (got, eager))  # whose rule it is
+        assert_parity(got, eager, truth, case=f"autocast {form} {x.dtype}", sums=(3 * 12, 3 * 24, 3 * 19))
 
 
 # ------------------------------------------------------------------------------------------------ bad input

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastflow import CausalConditionalDecoder, ConditionalDecoder
-from fastflow.unet import time_features
+from fastflow import CausalConditionalDecoder, ConditionalDecoder, use_backend
+from fastflow.unet import ResnetBlock1D, TransformerBlock, time_features
 
 SIZES = {"attention_head_dim": 16, "num_heads": 2, "n_blocks": 1, "num_mid_blocks": 1, "act_fn": "gelu"}
 
@@ -71,6 +71,19 @@ def test_one_level_streams_causally_by_chunks() -> None:
 def test_version_1_ignores_streaming() -> None:
     module, given = unet(), inputs(9, [9])
     assert torch.equal(module(**given, streaming=True), module(**given))
+
+
+@pytest.mark.parametrize("cls", [ConditionalDecoder, CausalConditionalDecoder])
+def test_autocast_adds_to_a_float32_stream(cls: type, backend: str, device: torch.device) -> None:
+    """As upstream's norms make it on a GPU: beside the hundreds that it grows to bfloat16 would lose what is added."""
+    module, given = unet(cls).to(device), {name: x.to(device) for name, x in inputs(9, [9, 7]).items()}
+    dtypes = []
+    for part in module.modules():
+        if isinstance(part, (ResnetBlock1D, TransformerBlock)):
+            part.register_forward_hook(lambda part, args, out: dtypes.append(out.dtype))
+    with use_backend(backend), torch.autocast(device.type, torch.bfloat16):
+        module(**given)
+    assert dtypes == [torch.float32] * 10
 
 
 def test_left_chunk_limits_are_ignored() -> None:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
 from fastflow.ops.attention import length_mask
-from fastflow.ops.half import fitted, saturated, widened
+from fastflow.ops.half import autocast_dtype, fitted, saturated, widened
 from fastflow.ops.registry import define, kernel, op
 
 TAPS = 3
@@ -240,7 +240,7 @@ def _check(x: Tensor, tensors: dict[str, Tensor], lengths: Tensor | None, groups
         shape = (x.shape[0], width) if name == "time_bias" else (width,)
         if name != "weight" and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if (tensor.dtype != x.dtype and autocast_dtype(x) is None) or tensor.device != x.device:
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device} but x is {x.dtype} on {x.device}")
     if lengths is not None:
         if lengths.shape != x.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
@@ -273,7 +273,8 @@ def conv_block(
 ) -> Tensor:
     """``Mish(norm(conv3(x * mask) + bias)) * mask + time_bias``, as described at the top of this file.
 
-    Under autocast everything is cast to its dtype first (float64 stays), as a convolution does.
+    Under autocast the tensors may differ in dtype, and everything is cast to that of autocast first (float64 stays), as
+    a convolution does; on ``cpu`` the result alone.
 
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides; what lies past a row's length is not read.
@@ -289,7 +290,7 @@ def conv_block(
         backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton`` (no float64).
 
     Returns:
-        ``[B, T, C']`` of the dtype of x.  Sums and statistics are float32 (float64 for float64).
+        ``[B, T, C']`` of the dtype of x, or of autocast.  Sums and statistics are float32 (float64 for float64).
 
     Raises:
         ValueError: arguments that do not fit, by name.
@@ -298,28 +299,35 @@ def conv_block(
     tensors = {"weight": weight, "bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     if time_bias is not None:
         tensors["time_bias"] = time_bias
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, tensors = fitted(x, dtype).to(dtype), {name: tensor.to(dtype) for name, tensor in tensors.items()}
     _check(x, tensors, lengths, groups, padding)
     chosen = _backend.select("conv_block", x, DTYPES, backend)
+    dtype = autocast_dtype(x)
+    if dtype is not None:  # the CPU's kernel multiplies in float32 whatever it is given
+        inside = torch.float32 if chosen == "cpu" else dtype
+        x, tensors = fitted(x, inside).to(inside), {name: tensor.to(inside) for name, tensor in tensors.items()}
+    rule: dict[str, Any] = {
+        "lengths": lengths,
+        "groups": groups,
+        "causal": causal,
+        "eps": eps,
+        "padding": padding,
+    }
+    out = _run(x, tensors, rule, keep_product, chosen)
+    return out if dtype is None else fitted(out, dtype).to(dtype)
+
+
+def _run(x: Tensor, tensors: dict[str, Tensor], rule: dict[str, Any], keep_product: bool, chosen: str) -> Tensor:
+    """The op on a backend, of tensors of one dtype."""
     time_bias = tensors.pop("time_bias", None)
     given = (x, *tensors.values())
     records = torch.is_grad_enabled() and any(t.requires_grad for t in (*given, time_bias) if t is not None)
     if chosen == "reference":
-        options: dict[str, Any] = {
-            "lengths": lengths,
-            "groups": groups,
-            "causal": causal,
-            "eps": eps,
-            "padding": padding,
-        }
         if records and not keep_product:
             replay: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-            return checkpoint(conv_block_ref, *given, time_bias=time_bias, **replay, **options)
-        return conv_block_ref(*given, time_bias=time_bias, **options)
-    lengths = None if lengths is None else lengths.long().contiguous()
-    rule = (groups, causal, padding == "exact" and lengths is not None, eps)
+            return checkpoint(conv_block_ref, *given, time_bias=time_bias, **replay, **rule)
+        return conv_block_ref(*given, time_bias=time_bias, **rule)
+    lengths = None if rule["lengths"] is None else rule["lengths"].long().contiguous()
+    numbers = (rule["groups"], rule["causal"], rule["padding"] == "exact" and lengths is not None, rule["eps"])
     if records:
-        return ConvBlockFunction.apply(*given, time_bias, lengths, rule, keep_product, chosen)
-    return op("conv_block", chosen)(*given, lengths, time_bias, *rule, False)[0]
+        return ConvBlockFunction.apply(*given, time_bias, lengths, numbers, keep_product, chosen)
+    return op("conv_block", chosen)(*given, lengths, time_bias, *numbers, False)[0]

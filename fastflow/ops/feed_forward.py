@@ -9,6 +9,7 @@ product restores it.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from fastflow import backend as _backend
-from fastflow.ops.half import fitted, linear, saturated_
+from fastflow.ops.half import autocast_dtype, fitted, linear, saturated_
 from fastflow.ops.norm import (
     Norm,
     NormBackward,
@@ -34,6 +35,7 @@ from fastflow.ops.packed import packed_weights
 from fastflow.ops.projection import (
     NO_GRADIENTS,
     cast,
+    cast_norm,
     fake_stats,
     fake_vectors,
     fake_weight_gradients,
@@ -77,8 +79,8 @@ def _feed_forward_fake(  # type: ignore[no-untyped-def]
     x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden, packed_1=None, packed_2=None
 ):
     batch, frames, _ = x.shape
-    hidden = x.new_empty(batch if save_hidden else 0, frames, w1.shape[0])
-    return x.new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
+    hidden = w1.new_empty(batch if save_hidden else 0, frames, w1.shape[0])
+    return (x if residual else w2).new_empty(batch, frames, w2.shape[0]), fake_stats(x, eps), hidden
 
 
 def _feed_forward_backward_fake(  # type: ignore[no-untyped-def]
@@ -99,12 +101,12 @@ def on_gpu(  # type: ignore[no-untyped-def]
     backend, x, w1, b1, w2, b2, activation, scale, shift, eps, gate, residual, save_hidden, packed_1=None, packed_2=None
 ):
     """The op as two products of cuBLAS's between passes."""
-    y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
+    y, stats = normalised_on_gpu(x, scale, shift, eps, w1.dtype, backend)
     hidden = linear_on_gpu(y, w1, b1, *x.shape[:2])
     y = gpu_pass("activation_forward", backend)(hidden, activation)
     y = linear_on_gpu(y.flatten(0, 1), w2, b2, *x.shape[:2])
     y = gpu_pass("gated_residual", backend)(y, x, gate) if residual else saturated_(y)
-    return y, stats, hidden if save_hidden else x.new_empty(0, x.shape[1], w1.shape[0])
+    return y, stats, hidden if save_hidden else hidden.new_empty(0, *hidden.shape[1:])
 
 
 define(
@@ -205,16 +207,16 @@ def _backward_on_gpu(  # type: ignore[no-untyped-def]
     backend, grad, x, stats, hidden, w1, w2, b2, activation, scale, shift, normalises, gate, residual,
     wants_x, wants_first, wants_second,
 ) -> Gradients:  # fmt: skip
+    narrow = grad.to(w2.dtype)
     activated, grad_hidden = op("activation_backward", backend)(
-        (scaled_by(grad, gate) @ w2).contiguous(), hidden, activation
+        (scaled_by(narrow, gate).to(w2.dtype) @ w2).contiguous(), hidden, activation
     )
-    norm = NormBackward(None, x, None, None)
     if normalises:
         norm = norm_backward(grad_hidden @ w1, x, stats, scale, shift, grad if residual else None, backend)
-    elif wants_x:
-        norm = norm._replace(grad_x=grad_hidden @ w1)
+    else:
+        norm = NormBackward(grad_hidden @ w1 if wants_x else None, fitted(x, w1.dtype).to(w1.dtype), None, None)
     first = weight_gradients(grad_hidden, norm.normalised, backend) if wants_first else NO_GRADIENTS
-    second = weight_gradients(grad, activated, backend, w2, b2, gate) if wants_second else NO_GRADIENTS
+    second = weight_gradients(narrow, activated, backend, w2, b2, gate) if wants_second else NO_GRADIENTS
     return Gradients(
         norm.grad_x, first.weight, first.bias, second.weight, second.bias, norm.grad_scale, norm.grad_shift, second.gate
     )
@@ -270,7 +272,8 @@ def feed_forward(
 ) -> Tensor:
     """The feed-forward layer at the top of this file in one pass over the frames.
 
-    Under autocast the norm is float32, the products have the dtype of autocast, and the result that of x.
+    Under autocast the tensors may differ in dtype (float64 stays): the norm is float32, the products have the dtype of
+    autocast, on ``cpu`` of their result alone, and the result that of x, or without a residual that of autocast.
 
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
@@ -284,23 +287,47 @@ def feed_forward(
         backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Returns:
-        ``[B, T, N]`` of the dtype of x.  Norm, activation and sums are float32 (float64 for float64).
+        ``[B, T, N]`` of the dtype of x, but under autocast.  Norm, activation and sums are float32 (float64 for
+        float64).
 
     Raises:
         ValueError: arguments that do not fit, by name.
         RuntimeError: the chosen backend cannot run here, with the reason.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        normal = fitted(norm_ref(x, norm), dtype).to(dtype)  # autocast normalises in float32
-        with torch.autocast(x.device.type, enabled=False):
-            y = feed_forward(
-                normal, w1.to(dtype), cast(b1, dtype), w2.to(dtype), cast(b2, dtype), activation=activation,
-                residual=False, keep_hidden=keep_hidden, backend=backend,
-            )  # fmt: skip
-            return gated(x if residual else None, gate, y)
     _check(x, w1, b1, w2, b2, activation, norm, gate, residual)
     chosen = _backend.select("feed_forward", x, DTYPES, backend)
+    rule: dict[str, Any] = {"activation": activation, "keep_hidden": keep_hidden, "chosen": chosen}
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return _run(x, (w1, b1, w2, b2), norm, gate, residual, **rule)
+    product_dtype = torch.float32 if chosen == "cpu" else dtype  # as in projection
+    layers = [cast(t, product_dtype) for t in (w1, b1, w2, b2)]
+    out_dtype = x.dtype if residual else dtype
+    if chosen == "cpu":
+        x, norm, gate = x.float(), cast_norm(norm, torch.float32), cast(gate, torch.float32)
+    normal = None if chosen in ("cpu", "triton") else norm_ref(x, norm)  # which autocast computes in float32
+    with _backend.no_autocast(x):
+        if normal is None:
+            y = _run(x, layers, norm, gate, residual, **rule)
+        else:
+            y = _run(fitted(normal, dtype).to(dtype), layers, None, None, False, **rule)
+            y = gated(x if residual else None, gate, y)
+        return fitted(y, out_dtype).to(out_dtype)
+
+
+def _run(
+    x: Tensor,
+    layers: Sequence[Any],
+    norm: Norm | None,
+    gate: Tensor | None,
+    residual: bool,
+    *,
+    activation: str,
+    keep_hidden: bool,
+    chosen: str,
+) -> Tensor:
+    """The op on a backend, with autocast off.  On Triton x and the weights may differ in dtype."""
+    w1, b1, w2, b2 = layers
     scale, shift, eps = (None, None, None) if norm is None else norm
     tensors = (x, w1, b1, w2, b2, scale, shift, gate)
     records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -38,12 +38,17 @@ def fitted(x: Tensor, dtype: torch.dtype) -> Tensor:
     return _Saturate.apply(x) if dtype == torch.float16 and x.dtype != dtype else x
 
 
-def computes_half(x: Tensor) -> bool:
-    """Whether a product of x is float16, of itself or by autocast."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """In which dtype autocast, if it is on, multiplies x; None where it leaves x alone, as it does float64."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype == torch.float16
-    return torch.get_autocast_dtype(device) == torch.float16
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def computes_half(x: Tensor) -> bool:
+    """Whether a product of x is float16, of itself or by autocast."""
+    return (autocast_dtype(x) or x.dtype) == torch.float16
 
 
 def autocast_fitted(x: Tensor) -> Tensor:

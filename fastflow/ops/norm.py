@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.backend import FLOATS
-from fastflow.ops.half import saturated
+from fastflow.ops.half import autocast_dtype, saturated
 from fastflow.ops.registry import define, kernel, op
 
 
@@ -51,12 +51,12 @@ def check_signal(x: Tensor) -> None:
 
 
 def check_like(x: Tensor, name: str, t: Tensor | None, *shape: int) -> None:
-    """A tensor that is given has its shape, and the dtype and the device of x."""
+    """A tensor that is given has its shape, and the dtype (but under autocast) and the device of x."""
     if t is None:
         return
     if t.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
-    if t.dtype != x.dtype or t.device != x.device:
+    if (t.dtype != x.dtype and autocast_dtype(x) is None) or t.device != x.device:
         raise ValueError(f"{name} is {t.dtype} on {t.device} but x is {x.dtype} on {x.device}")
 
 
@@ -98,7 +98,7 @@ def _norm_forward_fake(x, scale, shift, eps):  # type: ignore[no-untyped-def]
 def _norm_backward_fake(grad, x, stats, scale, shift, grad_residual):  # type: ignore[no-untyped-def]
     batch, frames, channels = x.shape
     sums = stats.new_empty(batch, (frames + CHUNK - 1) // CHUNK, 2, channels)
-    return x.new_empty(x.shape), x.new_empty(x.shape), sums
+    return x.new_empty(x.shape), grad.new_empty(x.shape), sums
 
 
 define(
@@ -143,11 +143,11 @@ def norm_backward(
     """One pass over the frames on a GPU: the norm again, from its saved mean and deviation, and its gradients.
 
     Args:
-        grad: of the normalised x, ``[B, T, C]``, like ``x`` and ``grad_residual``.
-        x: the input of the norm.
+        grad: of the normalised x, ``[B, T, C]``, and of its dtype.
+        x: the input of the norm, ``[B, T, C]``; of another dtype only under autocast, by Triton.
         stats: ``[2, B, T]``, mean and 1 / deviation.
         scale, shift: of the norm.
-        grad_residual: what reaches x beside the norm, or None.
+        grad_residual: what reaches x beside the norm, ``[B, T, C]`` of the dtype of x, or None.
         backend: of the forward pass.
     """
     beside = None if grad_residual is None else grad_residual.contiguous()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastflow import backend as _backend
-from fastflow.ops.half import fitted, linear, saturated_
+from fastflow.ops.half import autocast_dtype, fitted, linear, saturated_
 from fastflow.ops.norm import (
     Norm,
     NormBackward,
@@ -60,7 +60,8 @@ def fake_stats(x: Tensor, eps: float | None) -> Tensor:
 def _projection_fake(  # type: ignore[no-untyped-def]
     x, weights, biases, scale, shift, eps, residual, gate, packed=None
 ):
-    return x.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
+    like = weights[0] if residual is None else residual
+    return like.new_empty(*x.shape[:2], sum(weight.shape[0] for weight in weights)), fake_stats(x, eps)
 
 
 def fake_weight_gradients(  # type: ignore[no-untyped-def]
@@ -90,12 +91,13 @@ def _gate_backward_fake(products, sums, weight, bias, gate):  # type: ignore[no-
 
 
 def normalised_on_gpu(
-    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float | None, backend: str
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float | None, dtype: torch.dtype, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """What goes into a product ``[B * T, C]``, and the statistics to be saved."""
+    """What goes into a product, ``[B * T, C]`` of its dtype, and the statistics to be saved."""
     if eps is None:
-        return x.flatten(0, 1), fake_stats(x, eps)
-    y, stats = gpu_pass("norm_forward", backend)(x, scale, shift, eps)
+        return fitted(x, dtype).to(dtype).flatten(0, 1), fake_stats(x, eps)
+    narrowed = () if x.dtype == dtype else (dtype,)  # by Triton alone
+    y, stats = gpu_pass("norm_forward", backend)(x, scale, shift, eps, *narrowed)
     return y.flatten(0, 1), stats
 
 
@@ -109,7 +111,7 @@ def on_gpu(  # type: ignore[no-untyped-def]
     backend: str, x, weights, biases, scale, shift, eps, residual, gate, packed=None
 ):
     """The op as a product of cuBLAS's between a pass before it and one after it."""
-    y, stats = normalised_on_gpu(x, scale, shift, eps, backend)
+    y, stats = normalised_on_gpu(x, scale, shift, eps, weights[0].dtype, backend)
     y = linear_on_gpu(y, _joined(weights), _joined_biases(biases, weights), *x.shape[:2])
     return (saturated_(y) if residual is None else gpu_pass("gated_residual", backend)(y, residual, gate)), stats
 
@@ -260,11 +262,12 @@ def _backward_on_gpu(  # type: ignore[no-untyped-def]
     backend, grad, x, stats, weights, biases, scale, shift, normalises, gate, wants_x, wants_weights, wants_bias
 ) -> Gradients:
     weight, linear = _joined(weights), NO_GRADIENTS
+    grad = grad.to(weight.dtype)
     norm = NormBackward(None, x, None, None)
     if normalises:
-        norm = norm_backward(scaled_by(grad, gate) @ weight, x, stats, scale, shift, None, backend)
+        norm = norm_backward(scaled_by(grad, gate).to(weight.dtype) @ weight, x, stats, scale, shift, None, backend)
     elif wants_x:
-        norm = norm._replace(grad_x=scaled_by(grad, gate) @ weight)
+        norm = norm._replace(grad_x=scaled_by(grad, gate).to(weight.dtype) @ weight)
     if wants_weights:
         bias = None if gate is None else _joined_biases(biases, weights)
         linear = weight_gradients(grad, norm.normalised, backend, weight, bias, gate)
@@ -283,6 +286,10 @@ def _joined_biases(biases: Sequence[Tensor | None], weights: Sequence[Tensor]) -
 
 def cast(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if x is None else x.to(dtype)
+
+
+def cast_norm(norm: Norm | None, dtype: torch.dtype) -> Norm | None:
+    return norm if norm is None else Norm(cast(norm.scale, dtype), cast(norm.shift, dtype), norm.eps)
 
 
 # ------------------------------------------------------------------------------------------------ public
@@ -324,7 +331,8 @@ def projection(
 ) -> Tensor:
     """Norm, linear layers, gate and residual as at the top of this file, in one pass over the frames.
 
-    Under autocast the norm is float32, the product has the dtype of autocast, and the result that of the residual.
+    Under autocast the tensors may differ in dtype (float64 stays): the norm is float32, the product has the dtype of
+    autocast, on ``cpu`` of its result alone, and the result that of the residual.
 
     Args:
         x: ``[B, T, C]``, float32, float64, float16 or bfloat16, any strides.
@@ -336,20 +344,45 @@ def projection(
         backend: ``auto`` (None takes the one in force), ``reference``, ``cpu``, ``cuda`` or ``triton``.
 
     Returns:
-        ``[B, T, N]`` of the dtype of x.  Norm and sums are float32 (float64 for float64).
+        ``[B, T, N]`` of the dtype of x, but under autocast.  Norm and sums are float32 (float64 for float64).
 
     Raises:
         ValueError: arguments that do not fit, by name.
         RuntimeError: the chosen backend cannot run here, with the reason.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = fitted(norm_ref(x, norm), dtype).to(dtype)  # autocast normalises in float32
-        with torch.autocast(x.device.type, enabled=False):
-            y = projection(x, [w.to(dtype) for w in weights], [cast(b, dtype) for b in biases], backend=backend)
-            return gated(residual, gate, y)
     _check(x, weights, biases, norm, residual, gate)
     chosen = _backend.select("projection", x, DTYPES, backend)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return _run(x, weights, biases, norm, residual, gate, chosen)
+    # The CPU's kernel multiplies in float32 whatever it is given: rounding the weights and what is added to the product
+    # would only lose digits.
+    product_dtype = torch.float32 if chosen == "cpu" else dtype
+    weights, biases = [w.to(product_dtype) for w in weights], [cast(b, product_dtype) for b in biases]
+    out_dtype = dtype if residual is None else residual.dtype
+    if chosen == "cpu":
+        x, norm = x.float(), cast_norm(norm, torch.float32)
+        residual, gate = cast(residual, torch.float32), cast(gate, torch.float32)
+    elif norm is None or chosen != "triton":
+        x, norm = fitted(norm_ref(x, norm), dtype).to(dtype), None  # autocast normalises in float32
+    with _backend.no_autocast(x):
+        if chosen in ("cpu", "triton"):
+            y = _run(x, weights, biases, norm, residual, gate, chosen)
+        else:
+            y = gated(residual, gate, _run(x, weights, biases, None, None, None, chosen))
+        return fitted(y, out_dtype).to(out_dtype)
+
+
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    norm: Norm | None,
+    residual: Tensor | None,
+    gate: Tensor | None,
+    chosen: str,
+) -> Tensor:
+    """The op on a backend, with autocast off.  On Triton x, weights and residual may differ in dtype."""
     if chosen == "reference":
         return projection_ref(x, weights, biases, norm=norm, residual=residual, gate=gate)
     scale, shift, eps = (None, None, None) if norm is None else norm

@@ -154,6 +154,11 @@ def launch_norm() -> Iterator[str]:
         yield f"{dtype} {channels}{' adaptive' if adaptive else ''}"
     norm_forward(_empty(3, 15, 17, 2)[..., 0], _empty(17), None, 1e-5)
     yield "odd sizes and strides"
+    for dtype in (torch.bfloat16, torch.float16):
+        x, vector = _empty(8, 500, 256), _empty(256)
+        norm_forward(x, vector, vector, 1e-5, dtype)
+        norm_backward(x.to(dtype), x, _empty(2, 8, 500), vector, vector, x)
+        yield f"autocast to {dtype}"
 
 
 def launch_projection() -> Iterator[str]:
@@ -167,6 +172,7 @@ def launch_projection() -> Iterator[str]:
         gate_backward(_empty(8, 1024, 1024, dtype=dtype), sums, weight, gate[0], gate)
         yield f"{dtype}"
     gated_residual(x.float(), x.float(), None)
+    gated_residual(x.bfloat16(), x.float(), None)
     gate_backward(_empty(8, 1024, 2048), _empty(8, 1024), _empty(1024, 2048), None, _empty(8, 1024))
     yield "without gate or bias"
 
