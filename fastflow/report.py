@@ -33,6 +33,7 @@ GUIDED_ROWS = 2  # with and without condition
 ESTIMATOR = "decoder.estimator"
 HALVES = (unet.Attention, unet.FeedForward, dit.Attention, dit.FeedForward)  # of blocks that are one op
 ADAM_BYTES = 16  # of a parameter in float32: itself, its gradient, two moments
+TABLE_WIDTH = 132  # characters, no less than the widest table has
 USABLE = 0.9  # of a GPU's memory; the rest is for the CUDA context, workspaces and what fragmentation wastes
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -375,7 +376,8 @@ def show(result: Report) -> None:
             grid.add_row(*cells(cost))
         return grid
 
-    console = Console()
+    # Where a table does not fit, rich would cut names and numbers: lines that are too long serve better.
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     parts = table(f"{result.flow} ({result.kind})", "part", result.parts)
     parts.add_section()
     parts.add_row(*cells(total))

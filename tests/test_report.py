@@ -280,7 +280,8 @@ def test_json_holds_the_parts_and_the_changes(capsys):
 
 
 def test_the_table_names_every_part_and_its_parameters(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    """In a narrow terminal as well."""
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("tiny3", "--frames", "40", "--batch", "1") == 0
     printed = capsys.readouterr().out
     for part in report.report(config.preset("tiny3"), "tiny3", 40, 1).parts:
@@ -290,7 +291,7 @@ def test_the_table_names_every_part_and_its_parameters(capsys, monkeypatch):
 
 
 def test_the_table_of_the_memory_modes(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     assert run("tiny", "--frames", "40", "--batch", "1", "--memory", "1GB") == 0
     printed = capsys.readouterr().out
     modes = report.report(config.preset("tiny"), "tiny", 40, 1, 10**9).memory
