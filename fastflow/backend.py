@@ -127,9 +127,13 @@ def can_run_triton(op: str, x: Tensor, dtypes: Dtypes, raise_error: bool = False
     return True
 
 
+# Asked once, as torch.compile of torch 2.11 cannot trace the question.
+_AUTOCASTS = frozenset(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+
+
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """What a reference computes in keeps its dtype, as in the kernels, even where autocast would change it."""
-    if torch.amp.is_autocast_available(x.device.type):
+    if x.device.type in _AUTOCASTS:
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -67,6 +67,16 @@ CEILINGS = {
 }
 
 
+def slack() -> tuple[int, float]:
+    """Bytes of stack, and times the ceiling in registers, that the installed Triton is granted.
+
+    None from 3.9 on, by which the ceilings were set; the older assembler of 3.6 takes a few words of stack for some.
+    """
+    import triton
+
+    return (0, 1.0) if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else (32, 1.5)
+
+
 class Use(NamedTuple):
     """What one specialisation of a kernel uses."""
 

@@ -11,6 +11,7 @@ def repair() -> None:
     """Apply the repairs below to the interpreter of the installed Triton."""
     np.seterr(divide="ignore", invalid="ignore", over="ignore")  # log2(0), inf - inf, exp2(200): silent on a GPU
     _round_bfloat16()
+    _round_multiply_add_once()
     _patch_language_once()
     _skip_unused_checks()
 
@@ -28,6 +29,23 @@ def _round_bfloat16() -> None:
         return torch.from_numpy(data.copy()).to(torch.bfloat16).view(torch.uint16).numpy()
 
     interpreter._convert_float = convert
+
+
+def _round_multiply_add_once() -> None:
+    """``tl.fma`` of float32 rounds once, as a GPU does; the interpreter of Triton 3.6 rounds the product too."""
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter._interpreter, "fma_fp32"):
+        return
+    original = interpreter.InterpreterBuilder.create_fma
+
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        if z.data.dtype != np.float32:
+            return original(self, x, y, z)
+        wide = x.data.astype(np.float64) * y.data + z.data  # the product is exact
+        return interpreter.TensorHandle(wide.astype(np.float32), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 def _patch_language_once() -> None:
