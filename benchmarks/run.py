@@ -56,6 +56,7 @@ def choose(only: str | None, quick: bool, device: str) -> list[Case]:
     return [case for case in CASES.values() if (case.quick if quick else device == "cuda" or not case.heavy)]
 
 
+TABLE_WIDTH = 120  # characters, no less than a table has
 HEADS = ("ms (p20-p80)", "/ reference (p20-p80)", "ops", "syncs", "saved MiB", "of matmul", "first call s")
 
 
@@ -89,7 +90,7 @@ def show(case: dict[str, Any]) -> None:
             grid.add_column(head, justify="right")
         for name, cells in rows.items():
             grid.add_row(name, *cells)
-        Console().print(grid)
+        Console(width=max(Console().width, TABLE_WIDTH)).print(grid)  # narrower, it would cut the numbers
     for name, numbers in case["providers"].items():
         if numbers["status"] != "ok":
             print(f"  {name} {numbers['status']}: {numbers['reason']}")

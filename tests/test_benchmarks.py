@@ -294,7 +294,7 @@ def test_the_table_has_every_number_with_and_without_rich(absent, every_backend_
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setitem(sys.modules, f"{name}.console", None)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(run, "CASES", {"planted/op": case_of(WRONG_OPS["value"])})
     monkeypatch.setattr(run, "QUICK", FAST)
     run.main(["--quick", "--providers", "cpu", "--device", "cpu"])
