@@ -18,13 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 from fastflow import backend, config, recompute, use_backend
 from fastflow.testing.tolerances import assert_parity, golden_error, golden_limit
+from fastflow.training import GraphedStep
 
 Results = dict[str, Tensor]
 Step = Callable[[], Results]
 
 OURS = ("auto", "cpu", "cuda", "triton")
 MEMORY_MODES = tuple(mode for mode in recompute.MODES if mode != "auto")  # each is "auto" but for flow.recompute
-PROVIDERS = ("reference", "compile", *OURS, *MEMORY_MODES, "cosyvoice")
+PROVIDERS = ("reference", "compile", *OURS, "graphed", *MEMORY_MODES, "cosyvoice")
 
 
 class UnavailableError(Exception):
@@ -97,6 +98,8 @@ class OpJob:
             raise UnavailableError("upstream has no such op; the reference does what its module does")
         if provider in MEMORY_MODES:
             raise UnavailableError("a memory mode is one of a flow's training step; an op has none")
+        if provider == "graphed":
+            raise UnavailableError("a CUDA graph is one of a flow's training step; an op has none")
         if provider in OURS:
             _require_backend(provider, self.cotangent.device)
             function: Callable[..., Tensor] = functools.partial(self.op, backend=provider)
@@ -178,10 +181,30 @@ class FlowJob:
     def _in_mode(self, mode: str) -> nn.Module:
         if not self.train:
             raise UnavailableError("a memory mode is one of a training step; synthesis keeps nothing for backward")
-        # The copy shares the weights, which are up to 1.3 GB.
-        flow: Any = copy.deepcopy(self.flow, {id(parameter): parameter for parameter in self.flow.parameters()})
+        flow = self._with_the_same_weights()
         flow.recompute = mode
         return flow
+
+    def _with_the_same_weights(self) -> Any:
+        """A copy of the flow, but for the weights, which are up to 1.3 GB."""
+        return copy.deepcopy(self.flow, {id(parameter): parameter for parameter in self.flow.parameters()})
+
+    def _graphed(self) -> Step:
+        if not self.train:
+            raise UnavailableError("GraphedStep is for training; auto's synthesis uses CUDA graphs by itself")
+        if self.device.type != "cuda":
+            raise UnavailableError("CUDA graphs need a GPU")
+        flow = self._with_the_same_weights()
+        self.modules.append(flow)
+        graphed = GraphedStep(flow)
+
+        def step() -> Results:
+            flow.zero_grad()
+            with use_backend("auto"):
+                loss = graphed(self.inputs)
+            return {"loss": loss, **{f"grad {name}": p.grad for name, p in flow.named_parameters()}}
+
+        return step
 
     def _step(self, flow: Any, provider: str, inputs: Mapping[str, Any]) -> Results:
         ours = "auto" if provider in MEMORY_MODES else provider
@@ -199,6 +222,8 @@ class FlowJob:
         Raises:
             UnavailableError: with the reason.
         """
+        if provider == "graphed":
+            return self._graphed()
         flow = self._module(provider)
         self.modules.append(flow)
         return functools.partial(self._step, flow, provider, self.inputs)

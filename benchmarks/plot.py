@@ -17,6 +17,7 @@ COLOURS = {
     "cpu": "tab:blue",
     "cuda": "tab:green",
     "triton": "tab:purple",
+    "graphed": "navy",
     "none": "tab:olive",
     "selective": "tab:pink",
     "block": "tab:brown",

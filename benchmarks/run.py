@@ -22,7 +22,7 @@ from runner import FULL, QUICK, Matmul, copy_rate, run_case
 
 from fastflow.training import keep_freed_memory
 
-DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("auto", "cuda", "triton", "cosyvoice")}
+DEVICE_PROVIDERS = {"cpu": ("cpu", "cosyvoice"), "cuda": ("auto", "cuda", "triton", "graphed", "cosyvoice")}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

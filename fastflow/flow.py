@@ -170,7 +170,7 @@ class _Flow(Recomputing, Padded):
         for name, x in ((feat_name, feat), ("embedding", embedding)):
             check_floats(name, x, self.spk_embed_affine_layer.weight)
 
-    def _prepared(self, batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
+    def prepared(self, batch: Batch, device: torch.device | str) -> dict[str, Tensor]:
         """The batch padded and checked, with matching lengths, where it came from."""
         padded = joined(batch, self.output_size)
         self._check_lengths(padded)
@@ -224,6 +224,25 @@ class _Flow(Recomputing, Padded):
             except ValueError as error:
                 raise ValueError(f"row {row}: {error}") from None
 
+    def draw_streaming(self) -> dict[str, Any]:
+        """Which masks a training step of CosyVoice 2 and 3 is computed with, drawn from Python's ``random``."""
+        return {}
+
+    def draw_prefixes(self, feat_len: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Frames of each row's mel that its condition reveals, ``[B]``, by :attr:`randomness`."""
+        return _drawn_prefixes(feat_len, generator) if self.randomness == "device" else _condition_prefixes(feat_len)
+
+    def prepared_loss(
+        self,
+        batch: Mapping[str, Tensor],
+        device: torch.device | str,
+        generator: torch.Generator | None,
+        prefix: Tensor | None = None,
+        **streaming: bool,
+    ) -> Tensor:
+        """The training loss of what :meth:`prepared` gives; ``prefix`` ``[B]`` as :meth:`draw_prefixes` draws it."""
+        raise NotImplementedError
+
     def _loss(
         self,
         feat_len: Tensor,
@@ -232,13 +251,14 @@ class _Flow(Recomputing, Padded):
         h: Tensor,
         spks: Tensor,
         generator: torch.Generator | None,
+        prefix: Tensor | None,
         **streaming: bool,
-    ) -> dict[str, Tensor]:
+    ) -> Tensor:
         """Draw the condition and evaluate the decoder's loss; feat and h are ``[B, T, 80]``, mask ``[B, T]`` bool."""
-        if self.randomness == "device":
-            prefix = _drawn_prefixes(feat_len.to(feat.device, non_blocking=True), generator)
-        else:
-            prefix = _condition_prefixes(feat_len).to(feat.device, non_blocking=True)
+        if prefix is None:
+            if self.randomness == "device":
+                feat_len = feat_len.to(feat.device, non_blocking=True)
+            prefix = self.draw_prefixes(feat_len, generator).to(feat.device, non_blocking=True)
         cond = feat.masked_fill(~length_mask(prefix, feat.shape[1])[..., None], 0.0)
         loss, _ = self.decoder.compute_loss(
             feat.transpose(1, 2).contiguous(),
@@ -249,7 +269,7 @@ class _Flow(Recomputing, Padded):
             **({} if generator is None else {"generator": generator}),
             **streaming,
         )
-        return {"loss": loss}
+        return loss
 
     def _check_inference(
         self,
@@ -375,7 +395,15 @@ class MaskedDiffWithXvec(_Flow):
         Raises:
             ValueError, TypeError: a tensor that does not fit, by name.
         """
-        batch = self._prepared(batch, device)
+        return {"loss": self.prepared_loss(self.prepared(batch, device), device, generator)}
+
+    def prepared_loss(  # type: ignore[override]
+        self,
+        batch: Mapping[str, Tensor],
+        device: torch.device | str,
+        generator: torch.Generator | None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
         token, token_len, feat, feat_len, embedding = (
             batch[name].to(device, non_blocking=True)
             for name in ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
@@ -383,7 +411,8 @@ class MaskedDiffWithXvec(_Flow):
         spks = self._speaker(embedding)
         h, _ = self.encoder(self._embed(token, token_len), token_len)
         h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1], xlens=token_len)
-        return self._loss(batch["speech_feat_len"], feat, length_mask(feat_len, feat.shape[1]), h, spks, generator)
+        mask = length_mask(feat_len, feat.shape[1])
+        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, prefix)
 
     @torch.inference_mode()
     def inference(
@@ -483,16 +512,29 @@ class _CausalFlow(_Flow):
         Raises:
             ValueError, TypeError: a tensor that does not fit, by name.
         """
-        batch = self._prepared(batch, device)
+        ready = self.prepared(batch, device)
+        return {"loss": self.prepared_loss(ready, device, generator, **self.draw_streaming())}
+
+    def draw_streaming(self) -> dict[str, Any]:
+        return {"streaming": random.random() < 0.5}
+
+    def prepared_loss(  # type: ignore[override]
+        self,
+        batch: Mapping[str, Tensor],
+        device: torch.device | str,
+        generator: torch.Generator | None,
+        prefix: Tensor | None = None,
+        *,
+        streaming: bool,
+    ) -> Tensor:
         token, token_len, feat, embedding = (
             batch[name].to(device, non_blocking=True)
             for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
         )
-        streaming = random.random() < 0.5
         spks = self._speaker(embedding)
         h = self._encode(self._embed(token, token_len), token_len, streaming, None)
         mask = length_mask(self.token_mel_ratio * token_len, h.shape[1])
-        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, streaming=streaming)
+        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, prefix, streaming=streaming)
 
     @torch.inference_mode()
     def inference(

@@ -41,7 +41,7 @@ Solve = Callable[..., Tensor]  # tensors by name -> [B, C, T]
 
 
 class Graph(NamedTuple):
-    """A captured solve: write ``inputs``, replay, read ``output``."""
+    """A captured solve or training step: write ``inputs``, replay, read ``output``."""
 
     inputs: dict[str, Tensor]
     output: Tensor
@@ -73,6 +73,11 @@ def _autocast_key() -> Hashable:
     return on, torch.get_autocast_dtype("cuda") if on else None
 
 
+def precision_key() -> tuple[Hashable, ...]:
+    """How a product is computed, beside the dtypes of what it multiplies."""
+    return _autocast_key(), torch.get_float32_matmul_precision()
+
+
 def _capture(solve: Solve, inputs: dict[str, Tensor]) -> Graph:
     """Record ``solve`` on a stream of its own."""
     device = next(iter(inputs.values())).device
@@ -96,10 +101,16 @@ class GraphCache:
     Args:
         capture: makes a graph of a solve and its inputs, which stay where they are.
         capacity: graphs to keep; the one not used for longest goes first.
+        what: is captured, for the warning where that fails.
     """
 
-    def __init__(self, capture: Callable[[Solve, dict[str, Tensor]], Graph] = _capture, capacity: int = CAPACITY):
-        self._capture, self._capacity = capture, capacity
+    def __init__(
+        self,
+        capture: Callable[[Solve, dict[str, Tensor]], Graph] = _capture,
+        capacity: int = CAPACITY,
+        what: str = "the solver",
+    ):
+        self._capture, self._capacity, self._what = capture, capacity, what
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()  # None: the capture failed
         self._seen: OrderedDict[Hashable, None] = OrderedDict()
@@ -141,7 +152,7 @@ class GraphCache:
         try:
             self._graphs[key] = self._capture(solve, {name: x.clone() for name, x in inputs.items()})
         except Exception as error:
-            warnings.warn(f"no CUDA graph of the solver, which runs without: {error}", RuntimeWarning, stacklevel=2)
+            warnings.warn(f"no CUDA graph of {self._what}, which runs without: {error}", RuntimeWarning, stacklevel=2)
             self._graphs[key] = None
         return self._graphs[key]
 
@@ -174,19 +185,20 @@ def cache_of(module: nn.Module) -> GraphCache:
         return _caches.setdefault(module, GraphCache())
 
 
-def wanted(estimator: Any, x: Tensor) -> bool:
-    """Whether a solve on ``x`` may use a graph: on a GPU, by an estimator of fastflow's, which is not in training.
-
-    Not while something looks at single operations: torch.compile, a capture around this one, a dispatch mode.
-    """
+def possible(x: Tensor) -> bool:
+    """Whether what is computed of ``x`` may be a graph: on a GPU, unless something looks at single operations, such as
+    torch.compile, a capture around this one, or a dispatch mode."""
     return (
         x.is_cuda
-        and hasattr(estimator, "ignores_padding")
-        and not estimator.training
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
         and not is_in_torch_dispatch_mode()
     )
+
+
+def wanted(estimator: Any, x: Tensor) -> bool:
+    """Whether a solve on ``x`` may use a graph: if one is possible, by fastflow's estimators, outside of training."""
+    return hasattr(estimator, "ignores_padding") and not estimator.training and possible(x)
 
 
 def run(
@@ -209,8 +221,7 @@ def run(
     key = (
         tuple(options.items()),
         current_backend(),
-        _autocast_key(),
-        torch.get_float32_matmul_precision(),
+        *precision_key(),
         estimator.static_chunk_size,
         estimator.padding,
     )

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,7 +219,8 @@ def test_the_providers_of_a_case_fit_the_device():
     op, flow = registry.CASES["interpolate/8x500-860x80"], registry.CASES["v2/train-4x200"]
     assert run.default_providers(op, False, "cpu") == ["reference", "compile", "cpu", "cosyvoice"]
     assert run.default_providers(flow, False, "cpu") == ["reference", "cpu", "cosyvoice"]
-    assert run.default_providers(flow, False, "cuda") == ["reference", "compile", "auto", "cuda", "triton", "cosyvoice"]
+    on_gpu = ["reference", "compile", "auto", "cuda", "triton", "graphed", "cosyvoice"]
+    assert run.default_providers(flow, False, "cuda") == on_gpu
     assert "compile" not in run.default_providers(flow, True, "cuda")
 
 
@@ -250,6 +252,30 @@ def test_memory_modes_are_of_training_steps(name, reason, mode):
     job = registry.CASES[name].job(CPU)
     with pytest.raises(jobs.UnavailableError, match=f"a memory mode is one of a .*training step; {reason}"):
         job.step(mode)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("interpolate/1x40-68x80", "an op"), ("tiny-v1/infer-1s+2s", "synthesis"), ("tiny-v1/train-2x60", "need a GPU")],
+)
+def test_graphed_steps_are_training_steps_on_a_gpu(name, reason):
+    with pytest.raises(jobs.UnavailableError, match=reason):
+        registry.CASES[name].job(CPU).step("graphed")
+
+
+def test_a_graphed_step_has_the_results_of_the_reference():
+    job = registry.CASES["tiny-v1/train-2x60"].job(CPU)
+    job.device = SimpleNamespace(type="cuda")  # where the step is, of a flow on the CPU, which has no graphs
+    step = job.step("graphed")
+    with job.without_dropout():
+        jobs.seed(0)
+        got = step()
+        job.device = CPU
+        jobs.seed(0)
+        want = job.step("reference")()
+    assert got.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-3, atol=1e-4)
 
 
 def test_every_provider_has_a_colour():

@@ -13,6 +13,7 @@ A moving average of the weights needs nothing of ours either; it synthesises, sa
 """
 
 from fastflow.training.gradients import Gradient, GradientFlow, gradient_flow
+from fastflow.training.graphed import GraphedStep
 from fastflow.training.groups import freeze, parameter_groups, unfreeze
 from fastflow.training.memory import keep_freed_memory
 from fastflow.training.monitor import NonFiniteError, StabilityMonitor, StepRecord
@@ -23,6 +24,7 @@ __all__ = [
     "Activation",
     "Gradient",
     "GradientFlow",
+    "GraphedStep",
     "NonFiniteError",
     "OverflowMonitor",
     "SpikeDetector",
