@@ -5,7 +5,8 @@ numbers are the same.  Where padding would change them, in the U-Net of CosyVoic
 serves its exact length alone: that helps a stream, whose chunks are of equal length.
 
 The first solve of its kind runs without a graph, which also warms everything up; the second one captures, and from then
-on the graph is replayed.  The last few are kept.  Each keeps the memory of its intermediate results.
+on the graph is replayed.  The last few are kept.  They share the memory of their intermediate results, as they run one
+after the other and each result is copied before the next one runs.
 
 A graph reads the weights where they lie, so it sees an optimizer's step and ``load_state_dict``.  Weights that lie
 elsewhere (``.to()``, ``.half()``, other Parameter objects) or another backend, dtype, method or rate ask for another.
@@ -46,6 +47,7 @@ class Graph(NamedTuple):
     inputs: dict[str, Tensor]
     output: Tensor
     replay: Callable[[], None]
+    pool: Any = None  # where its memory comes from
 
 
 def bucket(frames: int) -> int:
@@ -78,8 +80,8 @@ def precision_key() -> tuple[Hashable, ...]:
     return _autocast_key(), torch.get_float32_matmul_precision()
 
 
-def _capture(solve: Solve, inputs: dict[str, Tensor]) -> Graph:
-    """Record ``solve`` on a stream of its own."""
+def _capture(solve: Solve, inputs: dict[str, Tensor], pool: Any) -> Graph:
+    """Record ``solve`` on a stream of its own, with memory from the pool of another graph, or from a new one."""
     device = next(iter(inputs.values())).device
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     # A graph must not keep what it finds in autocast's cache of weights, which lives shorter.
@@ -89,24 +91,24 @@ def _capture(solve: Solve, inputs: dict[str, Tensor]) -> Graph:
         torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream(device)),  # comes back even where the capture fails
         torch.autocast("cuda", dtype=dtype, enabled=autocast, cache_enabled=False),
-        torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
     ):
         output = solve(**inputs)
-    return Graph(inputs, output, graph.replay)
+    return Graph(inputs, output, graph.replay, graph.pool())
 
 
 class GraphCache:
     """The graphs of one module.  A lock orders the host's work, and an event that of the device's streams.
 
     Args:
-        capture: makes a graph of a solve and its inputs, which stay where they are.
+        capture: makes a graph of a solve and its inputs, which stay where they are, in the memory of a pool.
         capacity: graphs to keep; the one not used for longest goes first.
         what: is captured, for the warning where that fails.
     """
 
     def __init__(
         self,
-        capture: Callable[[Solve, dict[str, Tensor]], Graph] = _capture,
+        capture: Callable[[Solve, dict[str, Tensor], Any], Graph] = _capture,
         capacity: int = CAPACITY,
         what: str = "the solver",
     ):
@@ -149,8 +151,9 @@ class GraphCache:
             return None
         if len(self._graphs) >= self._capacity:
             self._drop([next(iter(self._graphs))])
+        pool = next((graph.pool for graph in self._graphs.values() if graph is not None), None)
         try:
-            self._graphs[key] = self._capture(solve, {name: x.clone() for name, x in inputs.items()})
+            self._graphs[key] = self._capture(solve, {name: x.clone() for name, x in inputs.items()}, pool)
         except Exception as error:
             warnings.warn(f"no CUDA graph of {self._what}, which runs without: {error}", RuntimeWarning, stacklevel=2)
             self._graphs[key] = None

@@ -27,12 +27,13 @@ class Captures:
     """Stands in for the capture; counts, and leaves NaN where only a replay writes."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.pools = 0, []
 
-    def __call__(self, solve, inputs: dict[str, Tensor]) -> Graph:
+    def __call__(self, solve, inputs: dict[str, Tensor], pool: int | None) -> Graph:
+        self.pools.append(pool)
         self.count += 1
         output = torch.full_like(solve(**inputs), float("nan"))
-        return Graph(inputs, output, lambda: output.copy_(solve(**inputs)))
+        return Graph(inputs, output, lambda: output.copy_(solve(**inputs)), self.pools[-1] or self.count)
 
 
 def decoder(name: str) -> ConditionalCFM:
@@ -176,6 +177,16 @@ def test_the_graph_not_used_for_longest_is_dropped() -> None:
     assert captures.count == 4
 
 
+def test_graphs_share_the_memory_of_those_that_live() -> None:
+    """A pool whose graphs have all been dropped must not be used again: PyTorch may have freed it."""
+    captures = Captures()
+    cache = GraphCache(captures)
+    for weights in ("old", "new"):
+        for key in "aabbcc":
+            cache.run(key, weights, lambda x: x + 1, {"x": torch.zeros(1, 1, 4)})
+    assert captures.pools == [None, 1, 1, None, 4, 4]
+
+
 def test_what_is_remembered_is_bounded() -> None:
     cache = GraphCache(Captures())
     for key in range(3 * graphs.REMEMBERED):
@@ -184,7 +195,7 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 def test_a_capture_that_fails_warns_once_and_the_solve_runs_without() -> None:
-    def fail(solve, inputs):  # type: ignore[no-untyped-def]
+    def fail(solve, inputs, pool):  # type: ignore[no-untyped-def]
         raise RuntimeError("operation not permitted when stream is capturing")
 
     cache = GraphCache(fail)

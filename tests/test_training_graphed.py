@@ -21,12 +21,13 @@ class Captures:
     """Stands in for the capture, which computes nothing; counts."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self.pools = 0, []
 
-    def __call__(self, solve, inputs: dict[str, Tensor]) -> Graph:
+    def __call__(self, solve, inputs: dict[str, Tensor], pool: int | None) -> Graph:
+        self.pools.append(pool)
         self.count += 1
         output = torch.full((), float("nan"))
-        return Graph(inputs, output, lambda: output.copy_(solve(**inputs)))
+        return Graph(inputs, output, lambda: output.copy_(solve(**inputs)), self.pools[-1] or self.count)
 
 
 @pytest.fixture
