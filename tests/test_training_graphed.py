@@ -191,6 +191,19 @@ def test_autocast_is_that_of_the_call(captures: Captures) -> None:
     assert all(parameter.grad.dtype == torch.float32 for parameter in flow.parameters())
 
 
+def test_a_scaler_scales_the_gradients_and_not_the_loss(captures: Captures) -> None:
+    flow = make_flow("tiny")
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    batch, step = make_batch(flow, 0), GraphedStep(flow, scaler=scaler)
+    want_loss, want = plain(flow, batch, 0)
+    for _ in range(3):
+        flow.zero_grad()
+        seed(0)
+        torch.testing.assert_close(step(batch), want_loss)
+        for got, gradient in zip(gradients(flow), want, strict=True):
+            torch.testing.assert_close(got, 8 * gradient)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

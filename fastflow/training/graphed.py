@@ -36,7 +36,8 @@ class GraphedStep:
     ``flow.recompute`` and ``flow.padding`` ask for another graph.  Other settings of the flow are those of the capture.
 
     Args:
-        flow: of CosyVoice 1, 2 or 3, not wrapped, without hooks, which a graph would not call.
+        flow: of CosyVoice 1, 2 or 3, not wrapped, without hooks, such as those of a :class:`StabilityMonitor`, which a
+            graph would not call.
         scaler: of the loss, for float16.
         capacity: graphs to keep; the one not used for longest goes first.
 
