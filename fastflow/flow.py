@@ -232,6 +232,12 @@ class _Flow(Recomputing, Padded):
         """Frames of each row's mel that its condition reveals, ``[B]``, by :attr:`randomness`."""
         return _drawn_prefixes(feat_len, generator) if self.randomness == "device" else _condition_prefixes(feat_len)
 
+    def _encoded(
+        self, token: Tensor, token_len: Tensor, feat: Tensor, feat_len: Tensor, **streaming: bool
+    ) -> tuple[Tensor, Tensor]:
+        """mu ``[B, T, 80]`` and its mask ``[B, T]`` bool; feat_len may be on the host."""
+        raise NotImplementedError
+
     def prepared_loss(
         self,
         batch: Mapping[str, Tensor],
@@ -241,24 +247,17 @@ class _Flow(Recomputing, Padded):
         **streaming: bool,
     ) -> Tensor:
         """The training loss of what :meth:`prepared` gives; ``prefix`` ``[B]`` as :meth:`draw_prefixes` draws it."""
-        raise NotImplementedError
-
-    def _loss(
-        self,
-        feat_len: Tensor,
-        feat: Tensor,
-        mask: Tensor,
-        h: Tensor,
-        spks: Tensor,
-        generator: torch.Generator | None,
-        prefix: Tensor | None,
-        **streaming: bool,
-    ) -> Tensor:
-        """Draw the condition and evaluate the decoder's loss; feat and h are ``[B, T, 80]``, mask ``[B, T]`` bool."""
+        feat_len = batch["speech_feat_len"]
+        token, token_len, feat, embedding = (
+            batch[name].to(device, non_blocking=True)
+            for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
+        )
+        spks = self._speaker(embedding)
+        h, mask = self._encoded(token, token_len, feat, feat_len, **streaming)
         if prefix is None:
             if self.randomness == "device":
-                feat_len = feat_len.to(feat.device, non_blocking=True)
-            prefix = self.draw_prefixes(feat_len, generator).to(feat.device, non_blocking=True)
+                feat_len = feat_len.to(device, non_blocking=True)
+            prefix = self.draw_prefixes(feat_len, generator).to(device, non_blocking=True)
         cond = feat.masked_fill(~length_mask(prefix, feat.shape[1])[..., None], 0.0)
         loss, _ = self.decoder.compute_loss(
             feat.transpose(1, 2).contiguous(),
@@ -397,22 +396,13 @@ class MaskedDiffWithXvec(_Flow):
         """
         return {"loss": self.prepared_loss(self.prepared(batch, device), device, generator)}
 
-    def prepared_loss(  # type: ignore[override]
-        self,
-        batch: Mapping[str, Tensor],
-        device: torch.device | str,
-        generator: torch.Generator | None,
-        prefix: Tensor | None = None,
-    ) -> Tensor:
-        token, token_len, feat, feat_len, embedding = (
-            batch[name].to(device, non_blocking=True)
-            for name in ("speech_token", "speech_token_len", "speech_feat", "speech_feat_len", "embedding")
-        )
-        spks = self._speaker(embedding)
+    def _encoded(
+        self, token: Tensor, token_len: Tensor, feat: Tensor, feat_len: Tensor, **streaming: bool
+    ) -> tuple[Tensor, Tensor]:
+        frames, feat_len = feat.shape[1], feat_len.to(feat.device, non_blocking=True)
         h, _ = self.encoder(self._embed(token, token_len), token_len)
-        h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=feat.shape[1], xlens=token_len)
-        mask = length_mask(feat_len, feat.shape[1])
-        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, prefix)
+        h, _ = self.length_regulator(self.encoder_proj(h), feat_len, frames=frames, xlens=token_len)
+        return h, length_mask(feat_len, frames)
 
     @torch.inference_mode()
     def inference(
@@ -518,23 +508,11 @@ class _CausalFlow(_Flow):
     def draw_streaming(self) -> dict[str, Any]:
         return {"streaming": random.random() < 0.5}
 
-    def prepared_loss(  # type: ignore[override]
-        self,
-        batch: Mapping[str, Tensor],
-        device: torch.device | str,
-        generator: torch.Generator | None,
-        prefix: Tensor | None = None,
-        *,
-        streaming: bool,
-    ) -> Tensor:
-        token, token_len, feat, embedding = (
-            batch[name].to(device, non_blocking=True)
-            for name in ("speech_token", "speech_token_len", "speech_feat", "embedding")
-        )
-        spks = self._speaker(embedding)
-        h = self._encode(self._embed(token, token_len), token_len, streaming, None)
-        mask = length_mask(self.token_mel_ratio * token_len, h.shape[1])
-        return self._loss(batch["speech_feat_len"], feat, mask, h, spks, generator, prefix, streaming=streaming)
+    def _encoded(
+        self, token: Tensor, token_len: Tensor, feat: Tensor, feat_len: Tensor, **streaming: bool
+    ) -> tuple[Tensor, Tensor]:
+        h = self._encode(self._embed(token, token_len), token_len, streaming["streaming"], None)
+        return h, length_mask(self.token_mel_ratio * token_len, h.shape[1])
 
     @torch.inference_mode()
     def inference(

@@ -479,6 +479,15 @@ def test_autocast_loses_no_more_than_in_the_reference(form, dtype, backend, devi
         assert_parity(got, eager, truth, case=f"autocast {form} {x.dtype}", sums=(3 * 12, 3 * 24, 3 * 19))
 
 
+@both_norms
+def test_autocast_on_a_cpu_rounds_the_result_alone(form):
+    """The kernel multiplies in float32 in any case, so the weights keep their digits."""
+    tensors, _, rule = make(form)
+    want = call(conv_block, tensors, rule, backend="cpu").bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(conv_block, tensors, rule, backend="cpu"), want)
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 X, W, V = torch.zeros(2, 10, 6), torch.zeros(8, 6, 3), torch.zeros(8)
 BAD_INPUT = {

@@ -371,6 +371,14 @@ def test_autocast_loses_no_more_than_in_the_reference(case, dtype, backend, devi
         assert_parity(got, eager, truth, case=f"autocast {case} {x.dtype}", sums=(24, 37, 2 * 19))
 
 
+def test_autocast_on_a_cpu_rounds_the_result_alone():
+    """The kernel multiplies in float32 in any case, so the weights keep their digits."""
+    tensors, _, rule = make("no residual")
+    want = call(feed_forward, tensors, rule, backend="cpu").bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(feed_forward, tensors, rule, backend="cpu"), want)
+
+
 def test_autocast_leaves_float64(backend, device):
     tensors, grad, rule = make("dit", torch.float64, device)
     want = run(tensors, grad, rule, backend=backend)

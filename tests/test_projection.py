@@ -349,6 +349,14 @@ def test_autocast_loses_no_more_than_in_the_reference(case, dtype, backend, devi
         assert_parity(got, eager, truth, case=f"autocast {case} {x.dtype}", sums=(24, grad.shape[2], 2 * 19))
 
 
+def test_autocast_on_a_cpu_rounds_the_result_alone():
+    """The kernel multiplies in float32 in any case, so the weights keep their digits."""
+    tensors, _ = make("adaptive norm")
+    want = call(projection, tensors, backend="cpu").bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(projection, tensors, backend="cpu"), want)
+
+
 def test_autocast_leaves_float64(backend, device):
     tensors, grad = make("everything", torch.float64, device)
     want = run(tensors, grad, backend=backend)
