@@ -12,6 +12,7 @@ from torch import Tensor
 from fastflow import config
 from fastflow.ops.attention import RelativePosition, attention, attention_ref
 from fastflow.ops.conv_block import conv_block, conv_block_ref
+from fastflow.ops.grouped_conv import grouped_conv, grouped_conv_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.testing.cases import INTERPOLATE, InterpolateCase
 
@@ -92,6 +93,18 @@ def _conv_block(causal: bool, device: torch.device) -> OpJob:
     return OpJob(conv_block, conv_block_ref, {name: x.to(device) for name, x in tensors.items()}, options, sums)
 
 
+def _grouped_conv(device: torch.device) -> OpJob:
+    """A convolution of the position embedding of CosyVoice 3: 4 x 200 frames of 1024 channels."""
+    batch, frames, channels, groups, taps = 4, 200, 1024, 16, 31
+    shapes = {"x": (batch, frames, channels), "weight": (channels, channels // groups, taps), "bias": (channels,)}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    depth = taps * channels // groups
+    tensors["weight"] /= depth**0.5
+    given = {name: x.to(device) for name, x in tensors.items()}
+    return OpJob(grouped_conv, grouped_conv_ref, given, {"groups": groups}, sums=(depth, batch * frames))
+
+
 def _frames(spec: config.Spec, tokens: int) -> int:
     """Mel frames of so many tokens."""
     if "token_mel_ratio" in spec:
@@ -169,6 +182,8 @@ def _cases() -> list[Case]:
     for name, title in (("groups", "U-Net of CosyVoice 1"), ("causal", "U-Net of CosyVoice 2")):
         run = functools.partial(_conv_block, name == "causal")
         cases.append(Case(f"conv_block/4x500x256-{name}", f"{title}, training batch of 4 x 500 frames", run))
+    title = "position embedding of CosyVoice 3, training batch of 4 x 200 frames"
+    cases.append(Case("grouped_conv/4x200x1024", title, _grouped_conv))
     for version, preset in (("v1", "cosyvoice"), ("v2", "cosyvoice2"), ("v3", "cosyvoice3")):
         long_rows = [(2, 1000)] if version == "v1" else []
         for rows, frames in ((4, 200), (4, 500), (1, 1000), *long_rows):

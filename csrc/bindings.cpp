@@ -21,6 +21,7 @@
 #include "cpu/kernels.h"
 #include "dropout.h"
 #include "euler_step.h"
+#include "grouped_conv.h"
 #include "interpolate.h"
 #include "linear.h"
 
@@ -1464,6 +1465,78 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_c
   return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
 }
 
+// ------------------------------------------------------------------------------------------------ grouped_conv
+// The tensors are contiguous.
+GroupedConvArgs grouped_conv_args(const Tensor& x, const Tensor& weight, int64_t groups) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 3, "x must have shape [B, T, C] and be on the CPU");
+  dtype_of(x);
+  STD_TORCH_CHECK(weight.dim() == 3 && weight.size(2) > 0, "weight must have shape [C', C / groups, K > 0]");
+  const int64_t channels = x.size(2), width = weight.size(0);
+  STD_TORCH_CHECK(groups > 0 && channels > 0 && width > 0 && channels % groups == 0 && width % groups == 0,
+                  "groups must divide ", channels, " and ", width, " channels, got ", groups);
+  check_tensor("weight", weight, {width, channels / groups, weight.size(2)}, x.scalar_type());
+  GroupedConvArgs args{};
+  args.batch = x.size(0), args.frames = x.size(1), args.groups = groups, args.taps = weight.size(2);
+  args.inputs = channels / groups, args.outputs = width / groups;
+  args.x = x.data_ptr(), args.weight = weight.data_ptr();
+  return args;
+}
+
+void run_grouped_conv(GroupedConvArgs args, const Tensor& x, bool backward,
+                      std::initializer_list<GroupedConvPhase> phases) {
+  const cpu::Kernels& kernels = cpu::kernels();
+  const Dtype dtype = dtype_of(x);
+  const int64_t size = wide_size(x);
+  args.shared = scratch<Scratch::shared>(kernels.grouped_conv_shared(args, dtype, backward) * size);
+  for (const GroupedConvPhase phase : phases)
+    run_tasks(
+        kernels.grouped_conv_tasks(args, dtype, phase), kernels.grouped_conv_workspace(args, dtype) * size,
+        [&](void* memory, std::atomic<int64_t>& next) { kernels.grouped_conv(args, dtype, phase, memory, next); });
+}
+
+std::tuple<Tensor, Tensor> grouped_conv_cpu(const Tensor& given_x, const Tensor& given_weight, OptionalTensor bias,
+                                            int64_t groups, bool save) {
+  const Tensor x = torch::stable::contiguous(given_x), weight = torch::stable::contiguous(given_weight);
+  GroupedConvArgs args = grouped_conv_args(x, weight, groups);
+  OptionalTensor constant;
+  if (bias) {
+    check_tensor("bias", *bias, {weight.size(0)}, x.scalar_type());
+    constant = torch::stable::contiguous(*bias);
+    args.bias = constant->data_ptr();
+  }
+  const std::vector<int64_t> shape = {args.batch, args.frames, weight.size(0)};
+  Tensor out = torch::stable::new_empty(x, shape);
+  Tensor y = torch::stable::new_empty(x, save ? shape : std::vector<int64_t>{0});
+  args.out = out.data_ptr();
+  args.y = save ? y.data_ptr() : nullptr;
+  run_grouped_conv(args, x, false, {GroupedConvPhase::arrange, GroupedConvPhase::convolve});
+  return {out, y};
+}
+
+// The gradients of x, weight and bias; `wanted` has a bit for each, and one that is not wanted has the shape [0].
+std::tuple<Tensor, Tensor, Tensor> grouped_conv_backward_cpu(const Tensor& given_grad, const Tensor& given_y,
+                                                             const Tensor& given_x, const Tensor& given_weight,
+                                                             int64_t groups, int64_t wanted) {
+  const Tensor x = torch::stable::contiguous(given_x), weight = torch::stable::contiguous(given_weight);
+  const Tensor grad = torch::stable::contiguous(given_grad), y = torch::stable::contiguous(given_y);
+  GroupedConvArgs args = grouped_conv_args(x, weight, groups);
+  const std::vector<int64_t> shape = {args.batch, args.frames, weight.size(0)};
+  check_tensor("grad", grad, shape, x.scalar_type());
+  check_tensor("y", y, shape, x.scalar_type());
+  args.grad = grad.data_ptr(), args.y = y.data_ptr();
+  const auto result = [&](int bit, std::vector<int64_t> shape, void*& data) {
+    const bool is_wanted = wanted >> bit & 1;
+    Tensor gradient = torch::stable::new_empty(x, is_wanted ? shape : std::vector<int64_t>{0});
+    data = is_wanted ? gradient.data_ptr() : nullptr;
+    return gradient;
+  };
+  Tensor grad_x = result(0, {args.batch, args.frames, x.size(2)}, args.grad_x);
+  Tensor grad_weight = result(1, {weight.size(0), weight.size(1), args.taps}, args.grad_weight);
+  Tensor grad_bias = result(2, {weight.size(0)}, args.grad_bias);
+  run_grouped_conv(args, x, true, {GroupedConvPhase::differentiate, GroupedConvPhase::products});
+  return {grad_x, grad_weight, grad_bias};
+}
+
 // ------------------------------------------------------------------------------------------------ euler_step
 struct EulerStep {
   EulerStepArgs args;
@@ -1839,6 +1912,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastflow, CPU, m) {
   m.impl("feed_forward_backward", TORCH_BOX(&feed_forward_backward_cpu));
   m.impl("conv_block", TORCH_BOX(&conv_block_cpu));
   m.impl("conv_block_backward", TORCH_BOX(&conv_block_backward_cpu));
+  m.impl("grouped_conv", TORCH_BOX(&grouped_conv_cpu));
+  m.impl("grouped_conv_backward", TORCH_BOX(&grouped_conv_backward_cpu));
   m.impl("euler_step", TORCH_BOX(&euler_step_cpu));
   m.impl("dropout", TORCH_BOX(&dropout_cpu));
 }

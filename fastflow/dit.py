@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastflow.layers import (
-    Conv1d,
     Linear,
     active,
     attend_self,
@@ -20,6 +19,7 @@ from fastflow.layers import (
     project_residual,
     transform,
 )
+from fastflow.ops.grouped_conv import grouped_conv
 from fastflow.ops.half import autocast_fitted, linear, saturated
 from fastflow.ops.norm import Norm
 from fastflow.ops.projection import projection
@@ -49,15 +49,15 @@ class CausalConvPositionEmbedding(nn.Module):
         super().__init__()
 
         def conv() -> nn.Sequential:
-            return nn.Sequential(Conv1d(dim, dim, CONV_POS_KERNEL, groups=CONV_POS_GROUPS), nn.Mish())
+            return nn.Sequential(nn.Conv1d(dim, dim, CONV_POS_KERNEL, groups=CONV_POS_GROUPS), nn.Mish())
 
         self.conv1, self.conv2 = conv(), conv()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2)
-        for conv in (self.conv1, self.conv2):
-            x = conv(F.pad(x, (CONV_POS_KERNEL - 1, 0)))
-        return x.transpose(1, 2)
+        for layer, _mish in (self.conv1, self.conv2):
+            conv = plain(layer, nn.Conv1d)
+            x = grouped_conv(x, conv.weight, conv.bias, groups=conv.groups)
+        return x
 
 
 def _rest(cond: Tensor, mu: Tensor, spks: Tensor | None) -> list[Tensor]:

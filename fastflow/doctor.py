@@ -29,6 +29,8 @@ from fastflow.ops import (
     euler_step_ref,
     feed_forward,
     feed_forward_ref,
+    grouped_conv,
+    grouped_conv_ref,
     interpolate,
     interpolate_ref,
     projection,
@@ -42,6 +44,7 @@ from fastflow.ops.conv_block import DTYPES as CONV_BLOCK_DTYPES
 from fastflow.ops.dropout import DTYPES as DROPOUT_DTYPES
 from fastflow.ops.euler_step import DTYPES as EULER_STEP_DTYPES
 from fastflow.ops.feed_forward import DTYPES as FEED_FORWARD_DTYPES
+from fastflow.ops.grouped_conv import DTYPES as GROUPED_CONV_DTYPES
 from fastflow.ops.interpolate import DTYPES as INTERPOLATE_DTYPES
 from fastflow.ops.projection import DTYPES as PROJECTION_DTYPES
 from fastflow.ops.transformer_block import DTYPES as TRANSFORMER_BLOCK_DTYPES
@@ -196,6 +199,12 @@ def _test_conv_block(backend: str, device: str) -> None:
         _check(run, reference, tensors, "conv_block", sums=(72, 32, 38, 152))
 
 
+def _test_grouped_conv(backend: str, device: str) -> None:
+    tensors = _randn(device, x=(2, 19, 24), weight=(36, 6, 5), bias=(36,))
+    run = functools.partial(grouped_conv, groups=4, backend=backend)
+    _check(run, functools.partial(grouped_conv_ref, groups=4), tensors, "grouped_conv", sums=(30, 45, 38))
+
+
 def _test_transformer_block(backend: str, device: str) -> None:
     """Forward only, as the backward pass is that of the ops that it is made of."""
     matrices = {"q": (32, 24), "k": (32, 24), "v": (32, 24), "out": (24, 32), "w1": (48, 24), "w2": (24, 48)}
@@ -243,8 +252,8 @@ class Op(NamedTuple):
     test: Callable[[str, str], None]
 
 
-# Only the C++ backend has the block in one call; on the others it is the ops above.
-_BLOCK_DTYPES = {"cpu": TRANSFORMER_BLOCK_DTYPES["cpu"]}
+# Only the C++ backend has kernels of its own for these: elsewhere a block is the ops above, the convolution PyTorch's.
+_BLOCK_DTYPES, _CONV_DTYPES = ({"cpu": dtypes["cpu"]} for dtypes in (TRANSFORMER_BLOCK_DTYPES, GROUPED_CONV_DTYPES))
 OPS = {
     "interpolate": Op(INTERPOLATE_DTYPES, _test_interpolate),
     "attention": Op(ATTENTION_DTYPES, _test_attention),
@@ -253,6 +262,7 @@ OPS = {
     "feed_forward": Op(FEED_FORWARD_DTYPES, _test_feed_forward),
     "transformer_block": Op(_BLOCK_DTYPES, _test_transformer_block),
     "conv_block": Op(CONV_BLOCK_DTYPES, _test_conv_block),
+    "grouped_conv": Op(_CONV_DTYPES, _test_grouped_conv),
     "euler_step": Op(EULER_STEP_DTYPES, _test_euler_step),
     "dropout": Op(DROPOUT_DTYPES, _test_dropout),
 }

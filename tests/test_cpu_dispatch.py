@@ -15,6 +15,7 @@ import torch
 
 from fastflow import backend
 from fastflow.ops.conv_block import conv_block, conv_block_ref
+from fastflow.ops.grouped_conv import grouped_conv, grouped_conv_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.ops.projection import projection, projection_ref
 from fastflow.testing.tolerances import assert_parity
@@ -89,6 +90,27 @@ def test_conv_block_agrees_with_the_reference_under_every_capability(capability:
     want = conv_block_results(conv_block_ref, tensors, rule)
     truth = conv_block_results(conv_block_ref, [tensor.double() for tensor in tensors], rule)
     assert_parity(got, want, truth, case=f"conv_block {capability} {dtype}", sums=(3 * 37, 3 * 44, 2 * 67))
+
+
+def grouped_conv_results(function, tensors, **where) -> dict[str, torch.Tensor]:
+    *leaves, grad = (tensor.clone().requires_grad_() for tensor in tensors)
+    out = function(*leaves, groups=3, **where)
+    return {"out": out.detach(), **dict(zip("xwb", torch.autograd.grad(out, leaves, grad), strict=True))}
+
+
+@pytest.mark.parametrize("dtype", sorted(backend.FLOATS, key=str), ids=str)
+@pytest.mark.parametrize(("inputs", "outputs", "taps"), [(1, 1, 1), (7, 13, 9), (35, 70, 2)], ids=str)
+@pytest.mark.parametrize("capability", SUPPORTED)
+def test_grouped_conv_agrees_with_the_reference_under_every_capability(capability, inputs, outputs, taps, dtype):
+    """Channels and frames that fill no vector and no tile of any, more frames and taps than a task has."""
+    native.set_cpu_capability(capability)
+    shapes = (2, 301, 3 * inputs), (3 * outputs, inputs, taps), (3 * outputs,), (2, 301, 3 * outputs)
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    got = grouped_conv_results(grouped_conv, tensors, backend="cpu")
+    want = grouped_conv_results(grouped_conv_ref, tensors)
+    truth = grouped_conv_results(grouped_conv_ref, [tensor.double() for tensor in tensors])
+    sums = inputs * taps, outputs * taps, 2 * 301
+    assert_parity(got, want, truth, case=f"grouped_conv {capability} {dtype}", sums=sums)
 
 
 def linear_results(function, tensors, **where) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@
 #include "dtypes.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "mish.h"
 #include "transpose.h"
 
 namespace fastflow::cpu::FASTFLOW_CAPABILITY {
@@ -194,30 +195,7 @@ void convolve(int64_t rows, const Real* x, int64_t x_stride, int64_t inputs, int
     }
 }
 
-// ------------------------------------------------------------------------------------------------ Mish
-// mish(x) = x tanh(log(1 + exp(x))) = x n / (n + 2) with e = exp(x) and n = e (e + 2).  From kLinear on the factor
-// rounds to 1.
-constexpr int64_t kLinear = 20;
-
-template <typename Real>
-inline Vector<Real> at_most_linear(Vector<Real> x) {  // NaN stays NaN
-  return x > Real(kLinear) ? broadcast(Real(kLinear)) : x;
-}
-
-template <typename Real>
-inline Vector<Real> mish(Vector<Real> x) {
-  const Vector<Real> e = exponential<Real>(at_most_linear<Real>(x)), n = e * (e + Real(2));
-  return x * (n / (n + Real(2)));
-}
-
-// mish'(x) = n / (n + 2) + 4 x e (e + 1) / (n + 2)^2
-template <typename Real>
-inline Vector<Real> mish_slope(Vector<Real> x) {
-  x = at_most_linear<Real>(x);
-  const Vector<Real> e = exponential<Real>(x), n = e * (e + Real(2)), inverse = Real(1) / (n + Real(2));
-  return inverse * (n + Real(4) * x * e * ((e + Real(1)) * inverse));
-}
-
+// ------------------------------------------------------------------------------------------------ activation
 // x -> mish((x - mean) * scale + shift) + time
 template <typename Real>
 [[gnu::noinline]] void activate(Real* x, int64_t width, const Real* mean, const Real* scale, Real factor,

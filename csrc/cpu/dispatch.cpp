@@ -37,6 +37,10 @@ namespace {
    &capability::conv_block_shared,      \
    &capability::conv_block_plan,        \
    &capability::conv_block_run,         \
+   &capability::grouped_conv_shared,    \
+   &capability::grouped_conv_workspace, \
+   &capability::grouped_conv_tasks,     \
+   &capability::grouped_conv,           \
    &capability::euler_step,             \
    &capability::dropout}
 

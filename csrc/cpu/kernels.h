@@ -10,6 +10,7 @@
 #include "../conv_block.h"
 #include "../dropout.h"
 #include "../euler_step.h"
+#include "../grouped_conv.h"
 #include "../interpolate.h"
 #include "../linear.h"
 
@@ -48,6 +49,11 @@ namespace fastflow::cpu {
   ConvBlockPlan conv_block_plan(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase);                         \
   void conv_block_run(const ConvBlockArgs& args, Dtype dtype, ConvBlockPhase phase, void* workspace,                   \
                       std::atomic<int64_t>& next);                                                                     \
+  int64_t grouped_conv_shared(const GroupedConvArgs& args, Dtype dtype, bool backward);                                \
+  int64_t grouped_conv_workspace(const GroupedConvArgs& args, Dtype dtype);                                            \
+  int64_t grouped_conv_tasks(const GroupedConvArgs& args, Dtype dtype, GroupedConvPhase phase);                        \
+  void grouped_conv(const GroupedConvArgs& args, Dtype dtype, GroupedConvPhase phase, void* workspace,                 \
+                    std::atomic<int64_t>& next);                                                                       \
   void euler_step(const EulerStepArgs& args, Dtype x, Dtype velocity, int64_t begin, int64_t end);                     \
   void dropout(const DropoutArgs& args, Dtype dtype, int64_t begin, int64_t end);                                      \
   }
@@ -104,6 +110,11 @@ struct Kernels {
   decltype(&baseline::conv_block_plan) conv_block_plan;
   // Takes task after task of a phase, as attention does.
   decltype(&baseline::conv_block_run) conv_block_run;
+  // As for conv_block; the workspace is the same in all phases.
+  decltype(&baseline::grouped_conv_shared) grouped_conv_shared;
+  decltype(&baseline::grouped_conv_workspace) grouped_conv_workspace;
+  decltype(&baseline::grouped_conv_tasks) grouped_conv_tasks;
+  decltype(&baseline::grouped_conv) grouped_conv;
   // Frames [begin, end), one row after the other.  The dtypes: equal, or float32 and one of 16 bits.
   decltype(&baseline::euler_step) euler_step;
   // Groups [begin, end) of kDropoutGroup numbers.

@@ -37,6 +37,11 @@ void read_channels(const T* from, int64_t stride, int64_t count, Wide<T>* __rest
     for (int64_t c = 0; c < count; ++c) to[c] = widen(from[c * stride]);
 }
 
+template <typename T>
+void write_channels(const Wide<T>* __restrict from, int64_t count, T* to) {
+  for (int64_t c = 0; c < count; ++c) narrow(from[c], to[c]);
+}
+
 // Row b of some vectors, or `otherwise` everywhere if there are none.
 template <typename T>
 void read_vector(const Vectors& x, int64_t b, int64_t count, Wide<T> otherwise, Wide<T>* to) {

@@ -4,6 +4,7 @@
 // Between two passes, what is normalised together is combined: by a block for each row and group (GroupNorm), or by a
 // warp for each frame (LayerNorm), which reads the frame itself.  Every sum has one order.
 #include "../conv_block.h"
+#include "../mish.h"
 #include "kernels.h"
 #include "launch.cuh"
 

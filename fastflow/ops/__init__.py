@@ -5,6 +5,7 @@ from fastflow.ops.conv_block import conv_block, conv_block_ref
 from fastflow.ops.dropout import dropout, dropout_ref
 from fastflow.ops.euler_step import euler_step, euler_step_ref
 from fastflow.ops.feed_forward import feed_forward, feed_forward_ref
+from fastflow.ops.grouped_conv import grouped_conv, grouped_conv_ref
 from fastflow.ops.interpolate import interpolate, interpolate_ref
 from fastflow.ops.norm import Norm, norm_ref
 from fastflow.ops.projection import projection, projection_ref
@@ -23,6 +24,8 @@ __all__ = [
     "euler_step_ref",
     "feed_forward",
     "feed_forward_ref",
+    "grouped_conv",
+    "grouped_conv_ref",
     "interpolate",
     "interpolate_ref",
     "norm_ref",

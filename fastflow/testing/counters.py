@@ -157,6 +157,12 @@ def _conv_block_backward_flops(grad: Tensor, *rest: Any, **__: Any) -> int:
     return 2 * grad.shape[:2].numel() * weight.numel() * ((wanted & 1) + (wanted >> 1 & 1))
 
 
+def _grouped_conv_backward_flops(
+    grad: Tensor, y: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: int, **_: Any
+) -> int:
+    return _conv_block_flops(x, weight) * ((wanted & 1) + (wanted >> 1 & 1))
+
+
 # PyTorch's own table has the CUDA attention kernels only.
 _FLOPS = {
     torch.ops.fastflow.attention: _attention_flops,
@@ -181,6 +187,8 @@ _FLOPS = {
     torch.ops.fastflow.conv_block_backward_triton: _conv_block_backward_flops,
     torch.ops.fastflow.conv_block: _conv_block_flops,
     torch.ops.fastflow.conv_block_triton: _conv_block_flops,
+    torch.ops.fastflow.grouped_conv: _conv_block_flops,
+    torch.ops.fastflow.grouped_conv_backward: _grouped_conv_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward_flops,
 }
