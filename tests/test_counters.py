@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastflow.ops import grouped_conv
 from fastflow.ops.interpolate import interpolate
 from fastflow.testing.counters import Counts, SavedTensors, count_cuda_syncs, current_module
 
@@ -121,6 +122,28 @@ def test_flops_of_a_linear_a_convolution_and_attention():
     with Counts() as backward:
         out.sum().backward()
     assert backward.flops.total() == 2.5 * forward.flops.total()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("convolve", [F.conv1d, F.conv_transpose1d])
+def test_a_convolution_takes_as_much_again_for_each_gradient(convolve, groups):
+    x, weight = torch.randn(2, 4, 9, requires_grad=True), torch.randn(4, 4 // groups, 3, requires_grad=True)
+    with Counts() as forward:
+        out = convolve(x, weight, groups=groups)
+    for wanted in ([x], [weight], [x, weight]):
+        with Counts() as backward:
+            torch.autograd.grad(out.sum(), wanted, retain_graph=True)
+        assert backward.flops.total() == len(wanted) * forward.flops.total()
+
+
+def test_flops_of_a_grouped_conv_are_those_of_the_reference():
+    x, weight = torch.randn(2, 9, 8, requires_grad=True), torch.randn(12, 4, 5, requires_grad=True)
+    totals = []
+    for backend in ("reference", "cpu"):
+        with Counts() as counts:
+            grouped_conv(x, weight, None, groups=2, backend=backend).sum().backward()
+        totals.append(counts.flops.total())
+    assert totals[0] == totals[1] == 3 * 2 * (2 * 9) * 12 * 4 * 5
 
 
 def test_saved_bytes_are_those_the_backward_needs():

@@ -163,8 +163,16 @@ def _grouped_conv_backward_flops(
     return _conv_block_flops(x, weight) * ((wanted & 1) + (wanted >> 1 & 1))
 
 
-# PyTorch's own table has the CUDA attention kernels only.
+def _convolution_backward_flops(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any, **__: Any) -> int:
+    """The forward pass once for each gradient of x and of the weight."""
+    *_, transposed, _output_padding, _groups, wanted = rest
+    places = (x if transposed else grad).shape[2:].numel()
+    return 2 * x.shape[0] * places * weight.numel() * sum(wanted[:2])
+
+
+# PyTorch's own table has the CUDA attention kernels only, and takes a convolution in groups for one without, backwards.
 _FLOPS = {
+    torch.ops.aten.convolution_backward: _convolution_backward_flops,
     torch.ops.fastflow.attention: _attention_flops,
     torch.ops.fastflow.attention_backward: _attention_backward_flops,
     torch.ops.fastflow.relative_attention: _relative_attention_flops,
@@ -245,7 +253,7 @@ class Counts(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        formula: Any = flop_registry.get(func._overloadpacket) or _FLOPS.get(func._overloadpacket)
+        formula: Any = _FLOPS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
         if formula is None and _is_composite(func):
             # Under inference_mode composite operators arrive whole.  _HostCalls must not see the inner call.
             with self, torch._C.DisableTorchFunction():
