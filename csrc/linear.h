@@ -71,8 +71,8 @@ struct NormBackwardArgs {
   void* sums;                 // [B, ceil(T / kNormChunk), 2, C]: of grad * (x - mean) / deviation, and of grad
   // On the CPU, of the rows that scale and shift have, which may lie one after the other in one of x: where each begins
   // among all frames, and its first chunk among all chunks; then the end.
-  int64_t rows;
-  const int64_t *starts, *chunk_starts;
+  int64_t rows = 0;
+  const int64_t *starts = nullptr, *chunk_starts = nullptr;
 };
 constexpr int64_t kNormChunk = 16;  // as in fastflow/ops/norm.py
 
@@ -112,9 +112,9 @@ struct ActivationBackwardArgs {
   const void *grad, *pre_activation;
   void *activated, *grad_pre_activation;
   // On the CPU.
-  int64_t count;  // of numbers
-  bool drops;
-  Dropout dropout;  // of what the activation gives, if it drops any
+  int64_t count = 0;  // of numbers
+  bool drops = false;
+  Dropout dropout = {};  // of what the activation gives, if it drops any
 };
 
 // out = grad * gate, with the gate of a frame's row.  On the CPU; contiguous, in float32 or float64.
