@@ -69,19 +69,19 @@ T* at(void* data, int64_t index) {
 
 // ------------------------------------------------------------------------------------------------ weights
 // Panel p for the forward pass: its columns are output channels, its rows the input channels of tap after tap.
+// `transposed` holds a panel, in which the taps follow each other.
 template <typename T>
-void pack_panel(const GroupedConvArgs& args, int64_t g, int64_t p, Wide<T>* to) {
+void pack_panel(const GroupedConvArgs& args, int64_t g, int64_t p, Wide<T>* transposed, Wide<T>* to) {
   constexpr int64_t columns = kColumns<Wide<T>>;
-  const int64_t first = g * args.outputs + p * columns, stride = args.inputs * args.taps;
+  const int64_t first = g * args.outputs + p * columns, depth = args.inputs * args.taps;
   const int64_t used = min_of(columns, args.outputs - p * columns);
-  const T* weight = at<T>(args.weight, first * stride);
+  const T* rows[columns] = {};
   for (int64_t j = 0; j < columns; ++j) to[j] = args.bias && j < used ? widen(*at<T>(args.bias, first + j)) : 0;
+  for (int64_t j = 0; j < used; ++j) rows[j] = at<T>(args.weight, (first + j) * depth);
+  transpose_rows(rows, depth, transposed);
   for (int64_t c = 0; c < args.inputs; ++c)
-    for (int64_t tap = 0; tap < args.taps; ++tap) {
-      Wide<T>* row = to + (1 + tap * args.inputs + c) * columns;
-      for (int64_t j = 0; j < used; ++j) row[j] = widen(weight[j * stride + c * args.taps + tap]);
-      for (int64_t j = used; j < columns; ++j) row[j] = 0;
-    }
+    for (int64_t tap = 0; tap < args.taps; ++tap, transposed += columns)
+      std::copy_n(transposed, columns, to + (1 + tap * args.inputs + c) * columns);
 }
 
 // Panel p for the gradient of x: its columns are input channels, its rows the output channels of tap after tap, the
@@ -228,7 +228,7 @@ void run_task(const GroupedConvArgs& args, GroupedConvPhase phase, Tasks tasks, 
   switch (phase) {
     case GroupedConvPhase::arrange:
       if (is_first) return copy_x<T>(args, g, n, shared.x(args, g, n));
-      return pack_panel<T>(args, g, p, shared.weight(g) + panel_offset<Real>(args.taps * args.inputs, p));
+      return pack_panel<T>(args, g, p, memory, shared.weight(g) + panel_offset<Real>(args.taps * args.inputs, p));
     case GroupedConvPhase::convolve:
       return with_block(convolve<T>, n);
     case GroupedConvPhase::differentiate:
@@ -258,7 +258,8 @@ int64_t grouped_conv_workspace(const GroupedConvArgs& args, Dtype dtype) {
   with_dtype(dtype, [&](auto zero) {
     using Real = Wide<decltype(zero)>;
     const int64_t inputs = padded<Real>(args.inputs), outputs = padded<Real>(args.outputs);
-    elements = max_of(block_of(args) * max_of(inputs, outputs), kTaps * args.inputs * outputs);
+    elements = max_of(max_of(block_of(args) * max_of(inputs, outputs), kTaps * args.inputs * outputs),
+                      args.taps * args.inputs * kColumns<Real>);
   });
   return elements;
 }
