@@ -1341,6 +1341,13 @@ std::vector<Tensor> transformer_block_backward_cpu(const Tensor& grad, const Ten
           b2,     norm.scale,   norm.shift, scale_2,    shift_2,  out.gate, gate_2};
 }
 
+// A gradient of that shape and where its numbers go, or one of shape [0] and null if it is not wanted.
+Tensor gradient_if(bool wanted, const Tensor& like, const std::vector<int64_t>& shape, void*& data) {
+  Tensor gradient = torch::stable::new_empty(like, wanted ? shape : std::vector<int64_t>{0});
+  data = wanted ? gradient.data_ptr() : nullptr;
+  return gradient;
+}
+
 // ------------------------------------------------------------------------------------------------ conv_block
 Sequence sequence_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
@@ -1447,20 +1454,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_backward_c
                   "y, mean and rstd must be contiguous");
   args.grad = sequence_of(grad);
   args.y = y.data_ptr(), args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
-  int64_t bit = 1;
-  const auto result = [&](std::vector<int64_t> shape, void*& data) {
-    const bool is_wanted = wanted & bit;
-    bit *= 2;
-    Tensor gradient = torch::stable::new_empty(x, is_wanted ? shape : std::vector<int64_t>{0});
-    data = is_wanted ? gradient.data_ptr() : nullptr;
-    return gradient;
-  };
-  Tensor grad_x = result({args.batch, args.frames, args.channels}, args.grad_x);
-  Tensor grad_weight = result({args.width, args.channels, 3}, args.grad_weight);
-  Tensor grad_bias = result({args.width}, args.grad_bias);
-  Tensor grad_norm_weight = result({args.width}, args.grad_norm_weight);
-  Tensor grad_norm_bias = result({args.width}, args.grad_norm_bias);
-  Tensor grad_time_bias = result({args.batch, args.width}, args.grad_time_bias);
+  Tensor grad_x = gradient_if(wanted >> 0 & 1, x, {args.batch, args.frames, args.channels}, args.grad_x);
+  Tensor grad_weight = gradient_if(wanted >> 1 & 1, x, {args.width, args.channels, 3}, args.grad_weight);
+  Tensor grad_bias = gradient_if(wanted >> 2 & 1, x, {args.width}, args.grad_bias);
+  Tensor grad_norm_weight = gradient_if(wanted >> 3 & 1, x, {args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = gradient_if(wanted >> 4 & 1, x, {args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = gradient_if(wanted >> 5 & 1, x, {args.batch, args.width}, args.grad_time_bias);
   run_conv_block(args, x, true, {ConvBlockPhase::differentiate, ConvBlockPhase::centre, ConvBlockPhase::products});
   return {grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, grad_time_bias};
 }
@@ -1524,15 +1523,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_conv_backward_cpu(const Tensor& given
   check_tensor("grad", grad, shape, x.scalar_type());
   check_tensor("y", y, shape, x.scalar_type());
   args.grad = grad.data_ptr(), args.y = y.data_ptr();
-  const auto result = [&](int bit, std::vector<int64_t> shape, void*& data) {
-    const bool is_wanted = wanted >> bit & 1;
-    Tensor gradient = torch::stable::new_empty(x, is_wanted ? shape : std::vector<int64_t>{0});
-    data = is_wanted ? gradient.data_ptr() : nullptr;
-    return gradient;
-  };
-  Tensor grad_x = result(0, {args.batch, args.frames, x.size(2)}, args.grad_x);
-  Tensor grad_weight = result(1, {weight.size(0), weight.size(1), args.taps}, args.grad_weight);
-  Tensor grad_bias = result(2, {weight.size(0)}, args.grad_bias);
+  Tensor grad_x = gradient_if(wanted >> 0 & 1, x, {args.batch, args.frames, x.size(2)}, args.grad_x);
+  Tensor grad_weight = gradient_if(wanted >> 1 & 1, x, {weight.size(0), weight.size(1), args.taps}, args.grad_weight);
+  Tensor grad_bias = gradient_if(wanted >> 2 & 1, x, {weight.size(0)}, args.grad_bias);
   run_grouped_conv(args, x, true, {GroupedConvPhase::differentiate, GroupedConvPhase::products});
   return {grad_x, grad_weight, grad_bias};
 }
@@ -1863,16 +1856,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> conv_block_normalise_backward
   const torch::stable::accelerator::DeviceGuard guard(y.get_device_index());
   args.grad = sequence_of(grad);
   args.mean = mean.data_ptr(), args.rstd = rstd.data_ptr();
-  const auto result = [&](int bit, std::vector<int64_t> shape, void*& data) {
-    const bool is_wanted = wanted >> bit & 1;
-    Tensor gradient = torch::stable::new_empty(y, is_wanted ? shape : std::vector<int64_t>{0});
-    data = is_wanted ? gradient.data_ptr() : nullptr;
-    return gradient;
-  };
-  Tensor grad_bias = result(0, {args.width}, args.grad_bias);
-  Tensor grad_norm_weight = result(1, {args.width}, args.grad_norm_weight);
-  Tensor grad_norm_bias = result(2, {args.width}, args.grad_norm_bias);
-  Tensor grad_time_bias = result(3, {args.batch, args.width}, args.grad_time_bias);
+  Tensor grad_bias = gradient_if(wanted >> 0 & 1, y, {args.width}, args.grad_bias);
+  Tensor grad_norm_weight = gradient_if(wanted >> 1 & 1, y, {args.width}, args.grad_norm_weight);
+  Tensor grad_norm_bias = gradient_if(wanted >> 2 & 1, y, {args.width}, args.grad_norm_bias);
+  Tensor grad_time_bias = gradient_if(wanted >> 3 & 1, y, {args.batch, args.width}, args.grad_time_bias);
   Tensor dy = torch::stable::new_empty(y, {args.batch, before + args.frames + after, args.width});
   Tensor sums = torch::stable::new_empty(y, {4, args.batch, cuda::conv_block_chunks(args), args.width}, wide_type(y));
   Tensor means = torch::stable::new_empty(y, {args.batch, groups ? groups : args.frames, 2}, wide_type(y));

@@ -175,20 +175,12 @@ void write_grad_weight(const GroupedConvArgs& args, int64_t g, int64_t first, co
     }
 }
 
+// The zeros after the rows of the batch are summed with them.
 template <typename T>
-void write_grad_bias(const GroupedConvArgs& args, int64_t g, const Shared<Wide<T>>& shared) {
-  constexpr int64_t kTile = 64;
-  for (int64_t first = 0; first < args.outputs; first += kTile) {
-    const int64_t count = min_of(kTile, args.outputs - first);
-    double sums[kTile] = {};
-    for (int64_t b = 0; b < args.batch; ++b)
-      for (int64_t t = 0; t < args.frames; ++t) {
-        const Wide<T>* dy = shared.dy(g, b) + t * shared.outputs + first;
-        for (int64_t c = 0; c < count; ++c) sums[c] += static_cast<double>(dy[c]);
-      }
-    for (int64_t c = 0; c < count; ++c)
-      narrow(static_cast<Wide<T>>(sums[c]), *at<T>(args.grad_bias, g * args.outputs + first + c));
-  }
+void write_grad_bias(const GroupedConvArgs& args, int64_t g, const Shared<Wide<T>>& shared, Wide<T>* sums) {
+  constexpr Dtype dtype = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
+  column_sums(shared.dy(g, 0), nullptr, args.batch * shared.rows, shared.outputs, dtype, sums, 0, args.outputs);
+  write_channels(sums, args.outputs, at<T>(args.grad_bias, g * args.outputs));
 }
 
 // ------------------------------------------------------------------------------------------------ phases
@@ -240,7 +232,7 @@ void run_task(const GroupedConvArgs& args, GroupedConvPhase phase, Tasks tasks, 
     case GroupedConvPhase::products:
       if (is_first) return write_grad_weight<T>(args, g, n * kTaps, shared, memory);
       if (is_second) return with_block(write_grad_x<T>, p);
-      return write_grad_bias<T>(args, g, shared);
+      return write_grad_bias<T>(args, g, shared, memory);
   }
 }
 
