@@ -133,12 +133,20 @@ def test_writes_all_of_its_outputs(backend, device):
 
 
 def test_leaves_nothing_from_call_to_call(backend, device):
-    """Memory that the threads keep was used by a larger call, of NaN, before."""
-    case = make(device=device)
-    want = run(*case, backend=backend)
-    larger, grad, groups = make(frames=500, channels=96, width=96, taps=9, device=device)
-    run({name: torch.full_like(x, math.nan) for name, x in larger.items()}, grad, groups, backend=backend)
-    assert_same(run(*case, backend=backend), want)
+    """Memory that the threads keep was used by a larger call, of NaN, before either pass."""
+    tensors, grad, groups = make(device=device)
+    want = run(tensors, grad, groups, backend=backend)
+
+    def poison_memory():
+        larger, gradient, count = make(frames=500, channels=96, width=96, taps=9, device=device)
+        run({name: torch.full_like(x, math.nan) for name, x in larger.items()}, gradient, count, backend=backend)
+
+    leaves = [x.requires_grad_() for x in tensors.values()]
+    poison_memory()
+    out = grouped_conv(*leaves, groups=groups, backend=backend)
+    poison_memory()
+    grads = torch.autograd.grad(out, leaves, grad)
+    assert_same(dict(zip(want, (out, *grads), strict=True)), want)
 
 
 def test_saves_its_input_and_the_convolution_only():
